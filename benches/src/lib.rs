@@ -1,0 +1,3 @@
+//! dom0-bench
+
+pub mod nbd;

@@ -1,0 +1,266 @@
+//! Files and block devices as disks: opened, claimed, and asked what they can do.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, OFlags};
+
+use crate::abi::SECTOR;
+use crate::lock;
+use crate::spec::Access;
+
+/// Why a file or device cannot be a disk.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {problem}", path.display())]
+pub struct ImageError {
+    /// What was to be opened.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    #[source]
+    pub problem: Problem,
+}
+
+/// What is wrong with a file or device.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    /// Not there.
+    #[error("no such file or device; create an image with: truncate -s 10G FILE")]
+    Missing,
+    /// Not readable, or not writable.
+    #[error("permission denied to open it for {0}; check the owner and mode of the file and of the folders above it")]
+    Permission(&'static str),
+    /// A folder.
+    #[error("is a directory; a disk is a file or a block device")]
+    Directory,
+    /// A socket, pipe or character device.
+    #[error("is neither a regular file nor a block device")]
+    NotADisk,
+    /// No sectors.
+    #[error("holds {0} bytes, less than one sector of 512; grow it with: truncate -s 10G FILE")]
+    Empty(u64),
+    /// A writable disk on storage that cannot be written.
+    #[error("is on storage that is read-only; attach it with access r")]
+    ReadOnlyStorage,
+    /// Somebody else uses it.
+    #[error("{0}")]
+    InUse(String),
+    /// Anything else.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An open disk image, claimed for as long as it lives.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    /// Whole sectors of 512 bytes.
+    pub sectors: u64,
+    /// Bytes of the disk's own sectors: the unit of a request.
+    pub sector_size: u32,
+    /// Bytes the storage prefers to be written at once.
+    pub physical_sector_size: u32,
+    /// Whether the page cache is left out.
+    pub direct: bool,
+    /// Whether DISCARD frees storage.
+    pub discard: bool,
+    /// Bytes that DISCARD frees at a time.
+    pub discard_granularity: u32,
+    /// Linux device number, for a block device.
+    pub device: Option<(u32, u32)>,
+    /// What an administrator should know about how this image is served.
+    pub notes: Vec<String>,
+}
+
+impl Image {
+    /// Opens and claims `path`.
+    ///
+    /// # Errors
+    /// When it is no disk, cannot be opened, or is in use in a way that `access` forbids.
+    pub fn open(path: &Path, access: Access) -> Result<Self, ImageError> {
+        let fail = |problem| ImageError { path: path.to_owned(), problem };
+        Self::open_inner(path, access).map_err(fail)
+    }
+
+    fn open_inner(path: &Path, access: Access) -> Result<Self, Problem> {
+        // Looked at before it is opened: opening a pipe or a device can have effects.
+        let kind = std::fs::metadata(path).map_err(|error| open_problem(error, access))?.file_type();
+        if kind.is_dir() {
+            return Err(Problem::Directory);
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Problem::NotADisk);
+        }
+        let writable = access != Access::ReadOnly;
+        // O_NONBLOCK lets io_uring try files without the no-wait flag (tmpfs) at once instead of handing them to its
+        // workers; on others it changes nothing. O_EXCL claims a block device against mounts and other claims.
+        let exclusive = kind.is_block_device() && access == Access::Write;
+        let flags = OFlags::NONBLOCK | OFlags::NOCTTY | if exclusive { OFlags::EXCL } else { OFlags::empty() };
+        let mut file = File::options()
+            .read(true)
+            .write(writable)
+            .custom_flags(flags.bits().cast_signed())
+            .open(path)
+            .map_err(|error| open_problem(error, access))?;
+        let metadata = file.metadata().map_err(io_problem("fstat"))?;
+        if metadata.is_file() {
+            lock::claim(&file, access).map_err(Problem::InUse)?;
+        }
+        let bytes = file.seek(SeekFrom::End(0)).map_err(io_problem("finding its size"))?;
+        if bytes < SECTOR {
+            return Err(Problem::Empty(bytes));
+        }
+        let mut image = Self {
+            path: path.to_owned(),
+            sectors: bytes / SECTOR,
+            sector_size: SECTOR as u32,
+            physical_sector_size: SECTOR as u32,
+            direct: false,
+            discard: false,
+            discard_granularity: 0,
+            device: None,
+            notes: Vec::new(),
+            file,
+        };
+        if bytes % SECTOR != 0 {
+            image.notes.push(format!("the last {} bytes are no whole sector and are not served", bytes % SECTOR));
+        }
+        if metadata.file_type().is_block_device() {
+            image.learn_device(metadata.rdev())?;
+        } else {
+            image.learn_file(metadata.blksize(), writable);
+        }
+        image.direct = image.try_direct();
+        if !image.direct {
+            image.notes.push(
+                "its storage cannot do direct I/O in units of 512 bytes: served through the page cache".to_owned(),
+            );
+        }
+        Ok(image)
+    }
+
+    fn learn_device(&mut self, device: u64) -> Result<(), Problem> {
+        self.device = Some((rustix::fs::major(device), rustix::fs::minor(device)));
+        self.sector_size = rustix::fs::ioctl_blksszget(&self.file).map_err(io_problem("BLKSSZGET"))?;
+        self.physical_sector_size = rustix::fs::ioctl_blkpbszget(&self.file).map_err(io_problem("BLKPBSZGET"))?;
+        Ok(())
+    }
+
+    fn learn_file(&mut self, block: u64, writable: bool) {
+        let block = u32::try_from(block).unwrap_or(4096).clamp(512, 4096);
+        self.physical_sector_size = block;
+        // Freeing what lies past the end changes nothing, and shows whether the file system knows how.
+        let past = self.sectors.saturating_mul(SECTOR).next_multiple_of(4096);
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.discard = writable && rustix::fs::fallocate(&self.file, flags, past, 4096).is_ok();
+        self.discard_granularity = block;
+    }
+
+    /// Switches the page cache off if a guest's smallest request, one sector anywhere, then still works.
+    fn try_direct(&self) -> bool {
+        let plain = OFlags::NONBLOCK;
+        if rustix::fs::fcntl_setfl(&self.file, plain | OFlags::DIRECT).is_err() {
+            return false;
+        }
+        let unit = self.sector_size as usize;
+        let mut buffer = vec![0; 4096 + 4096];
+        let start = buffer.as_ptr().align_offset(4096) + if unit == 512 { 512 } else { 0 };
+        let last = (self.sectors * SECTOR).saturating_sub(unit as u64) / unit as u64 * unit as u64;
+        let works = rustix::io::pread(&self.file, &mut buffer[start..start + unit.min(4096 - 512)], last).is_ok();
+        if !works && rustix::fs::fcntl_setfl(&self.file, plain).is_err() {
+            tracing::warn!(path = %self.path.display(), "cannot switch O_DIRECT off again");
+        }
+        works
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for Image {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn open_problem(error: io::Error, access: Access) -> Problem {
+    match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::NotFound, _) => Problem::Missing,
+        (io::ErrorKind::PermissionDenied, _) => {
+            Problem::Permission(if access == Access::ReadOnly { "reading" } else { "writing" })
+        }
+        (io::ErrorKind::IsADirectory, _) => Problem::Directory,
+        (io::ErrorKind::ReadOnlyFilesystem, _) => Problem::ReadOnlyStorage,
+        (_, Some(libc::EBUSY)) => Problem::InUse(
+            "is in use by this machine (mounted, or part of a volume or another disk); unmount it, or attach it with access r".to_owned(),
+        ),
+        _ => Problem::Io { what: "open", source: error },
+    }
+}
+
+fn io_problem<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Problem {
+    move |error| Problem::Io { what, source: error.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(path: &Path, access: Access) -> String {
+        Image::open(path, access).expect_err("it should not open").to_string()
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_with_a_reason() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(problem(&dir.path().join("none.img"), Access::Write).contains("no such file"));
+        assert!(problem(dir.path(), Access::Write).contains("directory"));
+        assert!(problem(Path::new("/dev/null"), Access::Write).contains("neither a regular file"));
+        let empty = dir.path().join("empty.img");
+        File::create(&empty).unwrap();
+        assert!(problem(&empty, Access::Write).contains("holds 0 bytes"));
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert!(problem(&fifo, Access::ReadOnly).contains("neither a regular file"));
+    }
+
+    #[test]
+    fn a_sparse_file_is_measured() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        File::create(&path).unwrap().set_len(10 * 512 + 7).unwrap();
+        let image = Image::open(&path, Access::Write).unwrap();
+        assert_eq!((image.sectors, image.sector_size, image.device), (10, 512, None));
+        assert!(image.notes.iter().any(|note| note.contains("7 bytes")), "{:?}", image.notes);
+    }
+
+    #[test]
+    fn who_may_open_an_image_with_whom() {
+        use Access::{ReadOnly, SharedWrite, Write};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        let link = dir.path().join("link.img");
+        File::create(&path).unwrap().set_len(4096).unwrap();
+        std::fs::hard_link(&path, &link).unwrap();
+        let allowed = [(ReadOnly, ReadOnly), (SharedWrite, SharedWrite)];
+        for first in [ReadOnly, Write, SharedWrite] {
+            for second in [ReadOnly, Write, SharedWrite] {
+                let _held = Image::open(&path, first).unwrap();
+                let outcome = Image::open(&link, second);
+                assert_eq!(outcome.is_ok(), allowed.contains(&(first, second)), "{first:?} then {second:?}: {outcome:?}");
+            }
+        }
+        Image::open(&path, Write).expect("all claims are gone");
+    }
+}

@@ -1,0 +1,27 @@
+//! blkback: Xen's block backend in user space.
+//!
+//! From the wire upwards: [`abi`] knows the bytes, [`request`] what they ask for, [`negotiate`] what both sides agree
+//! on; [`image`] opens a disk, [`lock`] claims it, [`storage`] runs its I/O; [`grants`] gets at the guest's pages;
+//! [`queue`] brings all of that together for one ring, [`worker`] gives it a thread, [`device`] a life. [`spec`] and
+//! [`vdev`] read what administrators type, [`toolstack`] does what `xl` would, [`cli`] is the program.
+
+#![forbid(unsafe_code)]
+
+pub mod abi;
+pub mod cli;
+pub mod counters;
+pub mod device;
+#[cfg(feature = "frontend")]
+pub mod front;
+pub mod grants;
+pub mod image;
+pub mod lock;
+pub mod negotiate;
+pub mod patience;
+pub mod queue;
+pub mod request;
+pub mod spec;
+pub mod storage;
+pub mod toolstack;
+pub mod vdev;
+pub mod worker;

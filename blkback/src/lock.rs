@@ -1,0 +1,99 @@
+//! Who may write to an image: a lock on the open file, so that it counts for every name of the file and ends with
+//! the last I/O of the process that held it.
+//!
+//! Locks on open file descriptions (fcntl(2), F_OFD_SETLK) on the bytes that QEMU uses (block/file-posix.c): byte
+//! 100+n is locked by who holds permission n, byte 200+n by who does not want others to hold it. So QEMU, qemu-img and
+//! qemu-nbd see us, and we see them. Permission 0 is to read data that stay consistent, 1 to write, 3 to resize.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::spec::Access;
+
+const HOLDS: i64 = 100;
+const DENIES: i64 = 200;
+const READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+/// One byte that is ours alone: an exclusive lock on it decides a race between two writers for exactly one.
+const OURS: i64 = 300;
+
+/// Claims `file` for `access` until its last descriptor is closed.
+///
+/// # Errors
+/// Who holds it, and what to do, in words.
+pub fn claim(file: &File, access: Access) -> Result<(), String> {
+    let (holds, denies): (&[i64], &[i64]) = match access {
+        Access::ReadOnly => (&[READ], &[WRITE, RESIZE]),
+        Access::Write => (&[READ, WRITE], &[WRITE, RESIZE]),
+        Access::SharedWrite => (&[READ, WRITE], &[RESIZE]),
+    };
+    if access == Access::Write {
+        set(file, OURS, libc::F_WRLCK).map_err(|error| refusal(file, access, error))?;
+    }
+    for &permission in holds {
+        set(file, HOLDS + permission, libc::F_RDLCK).map_err(|error| refusal(file, access, error))?;
+    }
+    for &permission in denies {
+        set(file, DENIES + permission, libc::F_RDLCK).map_err(|error| refusal(file, access, error))?;
+    }
+    // Locked first and looked afterwards: of two that come at once, both see each other rather than neither.
+    let denied = holds.iter().find(|&&permission| is_held(file, DENIES + permission));
+    let taken = denies.iter().find(|&&permission| is_held(file, HOLDS + permission));
+    match denied.or(taken) {
+        Some(_) => Err(refusal(file, access, nix::errno::Errno::EAGAIN)),
+        None => Ok(()),
+    }
+}
+
+fn range(byte: i64, kind: i32) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
+}
+
+fn set(file: &File, byte: i64, kind: i32) -> Result<(), nix::errno::Errno> {
+    fcntl(file, FcntlArg::F_OFD_SETLK(&range(byte, kind))).map(drop)
+}
+
+/// Whether another open file description has any lock on `byte`.
+fn is_held(file: &File, byte: i64) -> bool {
+    let mut probe = range(byte, libc::F_WRLCK);
+    // An error would have shown when the locks were set.
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut probe)).is_ok() && probe.l_type != libc::F_UNLCK as i16
+}
+
+fn refusal(file: &File, access: Access, error: nix::errno::Errno) -> String {
+    if error != nix::errno::Errno::EAGAIN && error != nix::errno::Errno::EACCES {
+        return format!("cannot be locked: {}", error.desc());
+    }
+    let wish = match access {
+        Access::ReadOnly => "read (r)",
+        Access::Write => "written alone (w)",
+        Access::SharedWrite => "written together with others (w!)",
+    };
+    let holders = holders(file);
+    let who = if holders.is_empty() { "another process".to_owned() } else { holders.join(", ") };
+    format!("cannot be {wish}: {who} has it open in a way that forbids it; detach it there first")
+}
+
+/// Processes other than this that have the file open, as far as /proc shows them. OFD locks name no process.
+fn holders(file: &File) -> Vec<String> {
+    let Ok(ours) = file.metadata() else { return Vec::new() };
+    let mut found = Vec::new();
+    let Ok(processes) = std::fs::read_dir("/proc") else { return found };
+    for process in processes.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
+        let same = |entry: std::fs::DirEntry| {
+            let own = pid == std::process::id() && entry.file_name().to_str() == Some(&file.as_raw_fd().to_string());
+            !own && std::fs::metadata(entry.path()).is_ok_and(|m| (m.dev(), m.ino()) == (ours.dev(), ours.ino()))
+        };
+        if descriptors.flatten().any(same) {
+            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            found.push(format!("process {pid} ({})", name.trim()));
+        }
+    }
+    found
+}

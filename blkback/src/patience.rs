@@ -1,0 +1,118 @@
+//! How long an idle queue looks at its ring before it sleeps.
+//!
+//! Waking a sleeping thread on another core costs 7 to 20 µs, looking at memory 0.2 µs. So looking pays while the next
+//! request is near; when the guest runs on this very core it never does, because the guest cannot run while we look.
+//! Nobody tells us which it is, so we learn it: a look that found nothing makes the next one shorter and at last
+//! rare; sleeps that turned out short make it worth trying again.
+
+use std::time::Duration;
+
+/// The longest look, in microseconds; and the sleep below which a look would have done.
+const LONGEST: u32 = 50;
+/// The look to begin with.
+const FIRST: u32 = 16;
+/// Looks shorter than this are not worth it.
+const SHORTEST: u32 = 4;
+/// Most short sleeps in a row that are asked for before looking is tried again.
+const MOST_DOUBT: u32 = 4096;
+
+/// What a queue has learnt about its guest.
+#[derive(Debug)]
+pub struct Patience {
+    /// Microseconds to look; 0 for not at all.
+    look: u32,
+    /// Short sleeps in a row so far.
+    short_sleeps: u32,
+    /// Short sleeps in a row after which looking is tried again. Doubles each time the trial fails.
+    doubt: u32,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { look: FIRST, short_sleeps: 0, doubt: 8 }
+    }
+}
+
+impl Patience {
+    /// How long to look now.
+    pub fn look(&self) -> Duration {
+        Duration::from_micros(self.look.into())
+    }
+
+    /// Looking found something.
+    pub fn found(&mut self) {
+        self.look = (self.look + self.look / 2).min(LONGEST);
+        self.doubt = (self.doubt / 2).max(8);
+    }
+
+    /// Looking found nothing.
+    pub fn found_nothing(&mut self) {
+        self.look /= 2;
+        if self.look < SHORTEST {
+            self.look = 0;
+            self.short_sleeps = 0;
+            self.doubt = (self.doubt * 2).min(MOST_DOUBT);
+        }
+    }
+
+    /// The queue slept this long.
+    pub fn slept(&mut self, time: Duration) {
+        if time > Duration::from_micros(LONGEST.into()) {
+            self.short_sleeps = 0;
+            return;
+        }
+        self.short_sleeps += 1;
+        if self.look == 0 && self.short_sleeps >= self.doubt {
+            self.look = FIRST;
+            self.short_sleeps = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: Duration = Duration::from_micros(10);
+    const LONG: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_busy_guest_on_another_core_is_looked_for_longer_and_longer() {
+        let mut patience = Patience::default();
+        for _ in 0..10 {
+            patience.found();
+        }
+        assert_eq!(patience.look(), Duration::from_micros(50));
+    }
+
+    /// The share of looks among wake-ups goes towards nothing when no look ever finds anything.
+    #[test]
+    fn a_guest_on_the_same_core_is_left_alone() {
+        let mut patience = Patience::default();
+        let mut looks = 0;
+        for _ in 0..100_000 {
+            if !patience.look().is_zero() {
+                looks += 1;
+                patience.found_nothing();
+            }
+            patience.slept(SHORT);
+        }
+        assert!(looks < 200, "{looks} looks in 100000 rounds");
+    }
+
+    #[test]
+    fn an_idle_guest_costs_nothing_and_a_busy_one_is_noticed() {
+        let mut patience = Patience::default();
+        for _ in 0..4 {
+            patience.found_nothing();
+        }
+        for _ in 0..1000 {
+            patience.slept(LONG);
+        }
+        assert!(patience.look().is_zero());
+        for _ in 0..64 {
+            patience.slept(SHORT);
+        }
+        assert!(!patience.look().is_zero());
+    }
+}

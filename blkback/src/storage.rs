@@ -1,0 +1,209 @@
+//! What a queue needs from the disk under it, and the io_uring that gives it.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use hypervisor::memory::IoList;
+use ring::uring::{FileSlot, Operation, Uring};
+
+/// A finished operation.
+#[derive(Debug)]
+pub struct Done {
+    /// What the queue gave along.
+    pub token: u32,
+    /// The memory is the queue's again.
+    pub memory: IoList,
+    /// Whether all of it was done.
+    pub result: io::Result<()>,
+}
+
+/// The disk as a queue sees it: operations go in, whole operations come out, in any order. Offsets and lengths are
+/// bytes, already checked against the disk's end.
+pub trait Storage {
+    /// Fills `memory` from `offset`.
+    fn read(&mut self, offset: u64, memory: IoList, token: u32);
+    /// Writes `memory` at `offset`.
+    fn write(&mut self, offset: u64, memory: IoList, token: u32);
+    /// Makes durable every write that was done before this call.
+    fn flush(&mut self, token: u32);
+    /// Gives up a range, which reads as zeros afterwards.
+    fn discard(&mut self, offset: u64, len: u64, token: u32);
+    /// Starts what was asked for since the last call.
+    ///
+    /// # Errors
+    /// When the disk cannot be spoken to at all.
+    fn submit(&mut self) -> io::Result<()>;
+    /// The next finished operation.
+    fn next(&mut self) -> Option<Done>;
+    /// Whether [`next`](Self::next) has, or with one more [`submit`](Self::submit) would have, something.
+    fn has_completions(&mut self) -> bool;
+}
+
+/// A file or block device through io_uring, together with the descriptors that wake the queue's thread: it blocks in
+/// one place only.
+#[derive(Debug)]
+pub struct UringStorage {
+    ring: Uring<u32>,
+    /// Which wakers rang since the last look, one bit each.
+    rung: u32,
+    /// Which wakers are being waited for.
+    armed: u32,
+    wakers: u32,
+    continued: u32,
+}
+
+/// Tokens of wakers count down from here; requests count up from 0.
+const WAKER: u32 = u32::MAX - 8;
+const IMAGE: FileSlot = FileSlot(0);
+
+impl UringStorage {
+    /// Storage on `image` for at most `capacity` operations at a time. `wakers` are watched for becoming readable.
+    ///
+    /// # Errors
+    /// When the kernel gives no io_uring.
+    pub fn new(image: BorrowedFd<'_>, wakers: &[BorrowedFd<'_>], capacity: u32) -> io::Result<Self> {
+        assert!(wakers.len() <= 8);
+        let files: Vec<_> = std::iter::once(image).chain(wakers.iter().copied()).collect();
+        let ring = Uring::new(capacity + wakers.len() as u32, &files)?;
+        Ok(Self { ring, rung: 0, armed: 0, wakers: wakers.len() as u32, continued: 0 })
+    }
+
+    /// Sleeps until an operation has finished, a waker rings, or `timeout` is over.
+    ///
+    /// # Errors
+    /// When the kernel refuses to wait.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        for waker in 0..self.wakers {
+            if self.armed & (1 << waker) == 0 {
+                self.armed |= 1 << waker;
+                self.ring.push(FileSlot(1 + waker), Operation::Poll, IoList::default(), WAKER + waker);
+            }
+        }
+        self.ring.wait(timeout)
+    }
+
+    /// Whether waker `index` rang since this was last asked.
+    #[inline]
+    pub fn take_rung(&mut self, index: u32) -> bool {
+        let rang = self.rung & (1 << index) != 0;
+        self.rung &= !(1 << index);
+        rang
+    }
+
+    /// Operations that were short or interrupted and had to be continued.
+    pub fn continued(&self) -> u32 {
+        self.continued
+    }
+}
+
+impl Storage for UringStorage {
+    #[inline]
+    fn read(&mut self, offset: u64, memory: IoList, token: u32) {
+        self.ring.push(IMAGE, Operation::Read(offset), memory, token);
+    }
+
+    #[inline]
+    fn write(&mut self, offset: u64, memory: IoList, token: u32) {
+        self.ring.push(IMAGE, Operation::Write(offset), memory, token);
+    }
+
+    fn flush(&mut self, token: u32) {
+        self.ring.push(IMAGE, Operation::Datasync, IoList::default(), token);
+    }
+
+    fn discard(&mut self, offset: u64, len: u64, token: u32) {
+        self.ring.push(IMAGE, Operation::Punch { offset, len }, IoList::default(), token);
+    }
+
+    #[inline]
+    fn submit(&mut self) -> io::Result<()> {
+        self.ring.submit()
+    }
+
+    #[inline]
+    fn next(&mut self) -> Option<Done> {
+        loop {
+            let mut done = self.ring.reap()?;
+            if done.token >= WAKER {
+                let waker = 1 << (done.token - WAKER);
+                self.armed &= !waker;
+                self.rung |= waker;
+                continue;
+            }
+            let left = done.memory.len();
+            let (moved, interrupted) = match done.result {
+                Ok(moved) => (moved as usize, false),
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => (0, true),
+                Err(error) => return Some(Done { token: done.token, memory: done.memory, result: Err(error) }),
+            };
+            let operation = match done.operation {
+                // Nothing more to be had: the file is shorter than the disk it was when it was opened.
+                Operation::Read(_) | Operation::Write(_) if left > 0 && moved == 0 && !interrupted => {
+                    let result = Err(io::ErrorKind::UnexpectedEof.into());
+                    return Some(Done { token: done.token, memory: done.memory, result });
+                }
+                Operation::Read(offset) if interrupted || moved < left => Operation::Read(offset + moved as u64),
+                Operation::Write(offset) if interrupted || moved < left => Operation::Write(offset + moved as u64),
+                operation if interrupted => operation,
+                _ => return Some(Done { token: done.token, memory: done.memory, result: Ok(()) }),
+            };
+            self.continued = self.continued.wrapping_add(1);
+            done.memory.advance(moved);
+            self.ring.push(IMAGE, operation, done.memory, done.token);
+        }
+    }
+
+    #[inline]
+    fn has_completions(&mut self) -> bool {
+        self.ring.has_completions()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+    use std::rc::Rc;
+
+    use hypervisor::memory::Mapping;
+
+    fn done(storage: &mut UringStorage) -> Done {
+        loop {
+            if let Some(done) = storage.next() {
+                return done;
+            }
+            storage.wait(None).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_that_shrank_gives_errors() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 1024], 0).unwrap();
+        let mut storage = UringStorage::new(file.as_fd(), &[], 4).unwrap();
+        let memory = Rc::new(Mapping::anonymous(4096).unwrap());
+        let mut list = IoList::default();
+        list.push(&memory, 0, 2048);
+        storage.read(0, list, 1);
+        let done = done(&mut storage);
+        assert_eq!(done.result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(storage.continued(), 1, "the first kilobyte was read");
+    }
+
+    #[test]
+    fn wakers_wake_and_stay_apart_from_requests() {
+        let file = tempfile::tempfile().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        let mut storage = UringStorage::new(file.as_fd(), &[reader.as_fd()], 4).unwrap();
+        storage.wait(Some(Duration::from_millis(1))).unwrap();
+        assert!(storage.next().is_none() && !storage.take_rung(0));
+        io::Write::write_all(&mut &writer, b"!").unwrap();
+        storage.wait(None).unwrap();
+        assert!(storage.next().is_none());
+        assert!(storage.take_rung(0) && !storage.take_rung(0));
+        storage.flush(3);
+        assert_eq!(done(&mut storage).token, 3);
+    }
+}

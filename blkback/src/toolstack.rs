@@ -1,0 +1,214 @@
+//! What a toolstack does to disks: attach, detach, list, with libxl's keys in libxl's order
+//! (tools/libs/light/libxl_disk.c). On real Xen `xl` does this; on the emulated machine nobody else would.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use xenstore_client::xenbus::{State, toolstack};
+use xenstore_client::{Client, DomId, Store};
+
+use crate::image::Image;
+use crate::spec::{Access, DiskSpec, Format, TargetKind};
+use crate::vdev::Vdev;
+
+/// What could not be done, in words for an administrator.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request makes no sense, or the machine is not as it should be.
+    #[error("{0}")]
+    Refused(String),
+    /// XenStore refused.
+    #[error(transparent)]
+    Store(#[from] xenstore_client::Error),
+}
+
+fn refused<T>(text: impl Into<String>) -> Result<T, Error> {
+    Err(Error::Refused(text.into()))
+}
+
+/// The domain that `name` stands for: a number, or a name in XenStore.
+///
+/// # Errors
+/// When there is no such domain.
+pub fn find_domain(store: &Client, name: &str) -> Result<DomId, Error> {
+    let mut known = Vec::new();
+    for id in store.directory_opt("/local/domain")?.unwrap_or_default() {
+        let Ok(domid) = id.parse::<DomId>() else { continue };
+        let its_name = store.read_opt(&format!("{}/name", domid.home()))?.unwrap_or_default();
+        if id == name || its_name == name {
+            return Ok(domid);
+        }
+        known.push(if its_name.is_empty() { id } else { format!("{id} ({its_name})") });
+    }
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    refused(format!("no domain {name:?}; there are: {known}"))
+}
+
+fn device(backend: DomId, frontend: DomId, vdev: Vdev) -> toolstack::DeviceAddress<'static> {
+    toolstack::DeviceAddress { kind: "vbd", frontend_kind: "vbd", backend, frontend, devid: vdev.number() }
+}
+
+/// What an attached disk is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attached {
+    /// The guest uses it.
+    Connected,
+    /// The guest's driver has not come yet.
+    Waiting,
+}
+
+/// Attaches a disk to a domain, and waits up to `wait` for the guest to connect.
+///
+/// # Errors
+/// When the disk cannot be served, the device exists, or no backend answers; nothing is left behind then.
+pub fn attach(
+    store: &Client,
+    backend: DomId,
+    frontend: DomId,
+    spec: &DiskSpec,
+    wait: Duration,
+) -> Result<Attached, Error> {
+    let path = target(spec)?;
+    // Looked at before anything is written: whoever types the command is to see what is wrong, not only the log.
+    drop(Image::open(Path::new(&path), spec.access).map_err(|error| Error::Refused(error.to_string()))?);
+    let device = device(backend, frontend, spec.vdev);
+    if store.read_opt(&format!("{}/state", device.backend_path()))?.is_some() {
+        return refused(format!("domain {frontend} has a disk {} already; detach it first", spec.vdev.name()));
+    }
+    let number = spec.vdev.number().to_string();
+    let name = spec.vdev.name();
+    let device_type = if spec.cdrom { "cdrom" } else { "disk" };
+    let mode = match spec.access {
+        Access::ReadOnly => "r",
+        Access::Write => "w",
+        Access::SharedWrite => "w!",
+    };
+    let flag = |on: bool| if on { "1" } else { "0" };
+    let mut backend_keys = vec![
+        ("params", path.as_str()),
+        ("script", spec.script.as_deref().unwrap_or("block")),
+        ("removable", flag(spec.cdrom)),
+        ("bootable", "1"),
+        ("dev", name.as_str()),
+        ("type", "phy"),
+        ("mode", mode),
+        ("device-type", device_type),
+        ("discard-enable", flag(spec.discard)),
+        ("specification", "xen"),
+    ];
+    if spec.direct_io_safe {
+        backend_keys.push(("direct-io-safe", "1"));
+    }
+    let trusted = flag(spec.trusted.unwrap_or(true));
+    let frontend_keys = [("virtual-device", number.as_str()), ("device-type", device_type), ("trusted", trusted)];
+    toolstack::add_device(store, &device, &backend_keys, &frontend_keys)?;
+    let finished = finish_attach(store, &device, &path, wait);
+    if finished.is_err() {
+        // What remains after a failure is ours to clear away; if that fails too, the first error matters more.
+        if let Err(error) = toolstack::remove_device(store, &device, Duration::from_secs(1), true, || Ok(())) {
+            tracing::warn!(%error, "clearing away what is left of the disk");
+        }
+    }
+    finished
+}
+
+/// The part after the keys are written: state 2, the hotplug program's keys, and the guest.
+fn finish_attach(
+    store: &Client,
+    device: &toolstack::DeviceAddress<'_>,
+    path: &str,
+    wait: Duration,
+) -> Result<Attached, Error> {
+    let backend = device.backend_path();
+    let state = format!("{backend}/state");
+    match toolstack::wait_state(store, &state, &[State::InitWait, State::Closing, State::Closed], toolstack::INIT_TIMEOUT) {
+        Ok(State::InitWait) => {}
+        Ok(_) => return refused(backend_error(store, &backend)?),
+        Err(error) => {
+            return refused(format!("no backend took the disk up ({error}); is blkback serve running?"));
+        }
+    }
+    store.transaction(|tx| {
+        tx.write(&format!("{backend}/physical-device-path"), path)?;
+        tx.write(&format!("{backend}/hotplug-status"), "connected")
+    })?;
+    let began = Instant::now();
+    match toolstack::wait_state(store, &state, &[State::Connected, State::Closing, State::Closed], wait) {
+        Ok(State::Connected) => Ok(Attached::Connected),
+        Ok(_) => refused(backend_error(store, &backend)?),
+        Err(_) if began.elapsed() >= wait => Ok(Attached::Waiting),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn backend_error(store: &Client, backend: &str) -> Result<String, Error> {
+    let error = store.read_opt(&format!("{backend}/error"))?;
+    Ok(error.unwrap_or_else(|| "the backend closed the disk without saying why; see its log".to_owned()))
+}
+
+/// The absolute path of a disk that this backend can serve.
+fn target(spec: &DiskSpec) -> Result<String, Error> {
+    if let Some(reason) = spec.unsupported() {
+        return refused(reason);
+    }
+    if spec.kind == TargetKind::Nbd {
+        return refused("NBD servers as disks are not served yet; connect it with nbd-client and attach phy:/dev/nbdN");
+    }
+    let target = match &spec.target {
+        Some(target) if spec.format == Format::Raw => target,
+        _ => return refused("an empty drive cannot be served: name an image"),
+    };
+    let path = std::path::absolute(target).map_err(|error| Error::Refused(format!("{target}: {error}")))?;
+    match path.into_os_string().into_string() {
+        Ok(path) => Ok(path),
+        Err(path) => refused(format!("{}: XenStore takes paths in UTF-8 only", path.display())),
+    }
+}
+
+/// Detaches a disk: as `xl block-detach`, or with `force` as its `--force`.
+///
+/// # Errors
+/// When there is no such disk, or the guest does not let go of it in time.
+pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force: bool) -> Result<(), Error> {
+    let device = device(backend, frontend, vdev);
+    if store.read_opt(&format!("{}/state", device.backend_path()))?.is_none() {
+        return refused(format!("domain {frontend} has no disk {}", vdev.name()));
+    }
+    match toolstack::remove_device(store, &device, toolstack::DESTROY_TIMEOUT, force, || Ok(())) {
+        Ok(()) => Ok(()),
+        Err(error) if matches!(error, xenstore_client::Error::Timeout { .. }) => refused(format!(
+            "the guest did not let go of {} within {} s (mounted there?); --force takes it away",
+            vdev.name(),
+            toolstack::DESTROY_TIMEOUT.as_secs()
+        )),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A domain's disks, in the columns of `xl block-list`; a disk that failed has a line with the reason below it.
+///
+/// # Errors
+/// When XenStore refuses.
+pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
+    use std::fmt::Write as _;
+
+    let mut text = String::from("Vdev  BE  handle state  evt-ch ring-ref BE-path\n");
+    let devices = format!("{}/device/vbd", frontend.home());
+    let mut numbers: Vec<u32> =
+        store.directory_opt(&devices)?.unwrap_or_default().iter().filter_map(|name| name.parse().ok()).collect();
+    numbers.sort_unstable();
+    for number in numbers {
+        let front = format!("{devices}/{number}");
+        let value = |key: &str| store.read_opt(&format!("{front}/{key}"));
+        let shown = |value: Option<String>| value.unwrap_or_else(|| "-1".to_owned());
+        let backend = value("backend")?.unwrap_or_default();
+        let (backend_id, state) = (shown(value("backend-id")?), shown(value("state")?));
+        let (port, ring) = (shown(value("event-channel")?), shown(value("ring-ref")?));
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{number:<5} {backend_id:<3} {frontend:<6} {state:<5} {port:<6} {ring:<8} {backend:<30}");
+        if let Some(error) = store.read_opt(&format!("{backend}/error"))? {
+            let _ = writeln!(text, "      {}: {error}", Vdev::from_number(number).name());
+        }
+    }
+    Ok(text)
+}

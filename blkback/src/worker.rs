@@ -1,0 +1,301 @@
+//! The thread that drives a queue.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel;
+use hypervisor::{Backend, DomId, GrantAccess};
+use ring::{BackRing, Layout};
+use rustix::event::{EventfdFlags, eventfd};
+use xenstore_client::xenbus::{Blame, Fault};
+
+use crate::counters::Counters;
+use crate::grants::Grants;
+use crate::image::Image;
+use crate::negotiate::QueueKeys;
+use crate::patience::Patience;
+use crate::queue::{Broken, Health, Parts, Queue};
+use crate::request::Shape;
+use crate::storage::UringStorage;
+use crate::abi::Protocol;
+
+/// Pages of ours that a queue copies through: 8 MiB, eight of the largest requests at a time.
+const ARENA_PAGES: u32 = 2048;
+/// Pages that a queue keeps mapped, as many as Linux' backend: a ring of one page full of requests of 32 segments,
+/// and one indirect page for each.
+const MOST_KEPT: usize = 1056;
+/// How often unused pages are looked for.
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// Everything a queue's thread needs to build the queue.
+#[derive(Debug)]
+pub struct Plan {
+    /// The hypervisor.
+    pub xen: Arc<dyn Backend>,
+    /// The guest.
+    pub peer: DomId,
+    /// A short name for the thread.
+    pub name: String,
+    /// The ring and the event channel.
+    pub keys: QueueKeys,
+    /// The layout of the slots.
+    pub protocol: Protocol,
+    /// Whether pages stay mapped.
+    pub persistent: bool,
+    /// The disk.
+    pub image: Arc<Image>,
+    /// What the disk can do.
+    pub shape: Shape,
+    /// Shared by the disk's queues.
+    pub health: Arc<Health>,
+    /// Read by others.
+    pub counters: Arc<Counters>,
+    /// The processor to stay on.
+    pub cpu: Option<usize>,
+}
+
+/// How a queue's thread reports.
+#[derive(Debug, Clone)]
+pub enum Report {
+    /// The queue cannot go on; it stays until it is told to stop.
+    Broken(Fault),
+    /// The thread has ended: nothing is mapped or in flight any more.
+    Ended,
+}
+
+/// A queue on a thread of its own.
+#[derive(Debug)]
+pub struct Worker {
+    stop: Arc<AtomicBool>,
+    wake: Arc<OwnedFd>,
+    /// Lets the thread begin; gone once it has.
+    go: Option<channel::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts a thread, which builds the queue and then waits for [`serve`](Self::serve): no request is taken before
+    /// all queues of a disk have been built. `report` is called on that thread.
+    ///
+    /// # Errors
+    /// When the ring cannot be mapped, the port not be bound, or the machine is out of something.
+    pub fn prepare(plan: Plan, report: impl Fn(Report) + Send + 'static) -> Result<Self, Fault> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = Arc::new(eventfd(0, flags).map_err(|error| host("eventfd", error.into()))?);
+        let (ready, built) = channel::bounded(1);
+        let (go, may_go) = channel::bounded(1);
+        let name = plan.name.clone();
+        let body = {
+            let (stop, wake) = (Arc::clone(&stop), Arc::clone(&wake));
+            move || {
+                pin(plan.cpu);
+                let counters = Arc::clone(&plan.counters);
+                let (built, queue) = match build(plan, &wake) {
+                    Ok(queue) => (Ok(()), Some(queue)),
+                    Err(fault) => (Err(fault), None),
+                };
+                // prepare waits for exactly this.
+                let _ = ready.send(built);
+                let Some(queue) = queue else { return };
+                if may_go.recv().is_err() {
+                    return;
+                }
+                // A bug of ours in one queue must not take the other disks along.
+                let drive = AssertUnwindSafe(|| Drive { queue, counters: &counters, stop: &stop, report: &report }.run());
+                if catch_unwind(drive).is_err() {
+                    report(Report::Broken(Fault::host(libc::EIO, "a queue's thread panicked; see the log")));
+                }
+                report(Report::Ended);
+            }
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(body);
+        let thread = thread.map_err(|error| host("starting a thread", error))?;
+        let worker = Self { stop, wake, go: Some(go), thread: Some(thread) };
+        match built.recv() {
+            Ok(built) => built.map(|()| worker),
+            Err(_) => Err(Fault::host(libc::EIO, "a queue's thread panicked while it was being built; see the log")),
+        }
+    }
+
+    /// Lets the queue begin.
+    pub fn serve(&mut self) {
+        if let Some(go) = self.go.take() {
+            // The thread waits for this, or for the sender to be dropped.
+            let _ = go.send(());
+        }
+    }
+
+    /// Tells the queue to finish what is in flight and end. Does not wait: [`Report::Ended`] follows.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        if let Err(error) = rustix::io::write(&*self.wake, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "cannot wake a queue");
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+        // A queue that never served has nothing in flight and ends at once. One that did is joined only if that does
+        // not wait: a disk that hangs must not hold up the other devices.
+        let never_served = self.go.take().is_some();
+        if let Some(thread) = self.thread.take_if(|thread| never_served || thread.is_finished())
+            && thread.join().is_err()
+        {
+            tracing::error!("a queue's thread had panicked");
+        }
+    }
+}
+
+fn host(what: &str, error: io::Error) -> Fault {
+    Fault::host(error.raw_os_error().unwrap_or(libc::EIO), format!("{what}: {error}"))
+}
+
+/// Keeps the calling thread on one processor.
+fn pin(cpu: Option<usize>) {
+    let Some(cpu) = cpu else { return };
+    let mut set = nix::sched::CpuSet::new();
+    let pinned = set.set(cpu).and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set));
+    if let Err(error) = pinned {
+        tracing::warn!(cpu, %error, "cannot keep a queue on its processor; it runs anywhere");
+    }
+}
+
+/// Wakers of the storage.
+const EVENT: u32 = 0;
+const CONTROL: u32 = 1;
+
+fn build(plan: Plan, wake: &OwnedFd) -> Result<Queue<UringStorage>, Fault> {
+    let Plan { xen, peer, keys, protocol, persistent, image, shape, health, counters, .. } = plan;
+    let ring = xen.map(peer, &keys.ring, GrantAccess::ReadWrite).map_err(|error| {
+        Fault::guest(libc::EINVAL, format!("mapping the ring: {error}"))
+    })?;
+    let channel = xen.bind(peer, keys.port).map_err(|error| {
+        Fault::guest(libc::EINVAL, format!("binding the event channel: {error}"))
+    })?;
+    let layout = Layout::new(protocol.stride(), keys.ring.len());
+    let entries = layout.entries();
+    let storage = UringStorage::new(image.as_fd(), &[channel.fd(), wake.as_fd()], entries)
+        .map_err(|error| host("io_uring (Linux 6.1 or newer, and kernel.io_uring_disabled=0, are needed)", error))?;
+    let most_kept = if persistent { MOST_KEPT } else { 0 };
+    let grants = Grants::new(xen, peer, ARENA_PAGES, most_kept).map_err(|error| host("memory for copies", error))?;
+    let ring = BackRing::attach(ring, layout, 0);
+    Ok(Queue::new(Parts { ring, protocol, grants, channel, storage, shape, health, counters }))
+}
+
+fn fault(broken: &Broken) -> Fault {
+    match broken {
+        Broken::Ring(_) => Fault { errno: libc::EINVAL, text: broken.to_string(), blame: Blame::Guest },
+        Broken::Flush(source) | Broken::Host { source, .. } => {
+            Fault::host(source.raw_os_error().unwrap_or(libc::EIO), broken.to_string())
+        }
+    }
+}
+
+/// The life of a queue on its thread.
+struct Drive<'a, R> {
+    queue: Queue<UringStorage>,
+    counters: &'a Counters,
+    stop: &'a AtomicBool,
+    report: &'a R,
+}
+
+impl<R: Fn(Report)> Drive<'_, R> {
+    fn run(mut self) {
+        if let Err(broken) = self.serve() {
+            (self.report)(Report::Broken(fault(&broken)));
+        }
+        if let Err(broken) = self.drain() {
+            tracing::error!(%broken, "queue closed with operations in flight");
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Serves until told to stop, or until the queue is broken.
+    fn serve(&mut self) -> Result<(), Broken> {
+        let mut patience = Patience::default();
+        let mut period_began = Instant::now();
+        let mut turns = 0u32;
+        while !self.stopped() {
+            turns = turns.wrapping_add(1);
+            if turns.is_multiple_of(4096) && period_began.elapsed() > PERIOD {
+                self.queue.next_period();
+                period_began = Instant::now();
+            }
+            if !self.queue.turn()?.is_idle() || self.look(&mut patience)? || self.queue.rearm()? {
+                continue;
+            }
+            self.sleep(&mut patience)?;
+            if period_began.elapsed() > PERIOD {
+                self.queue.next_period();
+                period_began = Instant::now();
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for work for a while. True when there is some.
+    fn look(&mut self, patience: &mut Patience) -> Result<bool, Broken> {
+        let longest = patience.look();
+        if longest.is_zero() {
+            return Ok(false);
+        }
+        let began = Instant::now();
+        loop {
+            for _ in 0..16 {
+                if self.queue.has_work()? {
+                    patience.found();
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
+            }
+            if began.elapsed() > longest || self.stopped() {
+                patience.found_nothing();
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Sleeps until the guest, the disk or the control thread has something. The port is written back only now: while
+    /// we are awake the guest's notifications cost nobody anything.
+    fn sleep(&mut self, patience: &mut Patience) -> Result<(), Broken> {
+        let channel_failed = |source| Broken::Host { what: "event channel", source };
+        self.counters.sleeps.add(1);
+        self.queue.channel().unmask().map_err(channel_failed)?;
+        let began = Instant::now();
+        self.queue.storage().wait(Some(PERIOD)).map_err(|source| Broken::Host { what: "io_uring", source })?;
+        patience.slept(began.elapsed());
+        // Finds out who rang; what the disk has finished is answered along the way.
+        self.queue.drain()?;
+        if self.queue.storage().take_rung(EVENT) {
+            self.queue.channel().take().map_err(channel_failed)?;
+        }
+        Ok(())
+    }
+
+    /// Finishes what is in flight, and waits until told to stop.
+    fn drain(&mut self) -> Result<(), Broken> {
+        while self.queue.in_flight() > 0 || !self.stopped() {
+            match self.queue.drain() {
+                // Said once already; the rest must still come back before memory may go.
+                Ok(_) | Err(Broken::Flush(_)) => {}
+                Err(broken) => return Err(broken),
+            }
+            if self.queue.in_flight() > 0 || !self.stopped() {
+                self.queue.storage().wait(Some(PERIOD)).map_err(|source| Broken::Host { what: "io_uring", source })?;
+                self.queue.storage().take_rung(CONTROL);
+            }
+        }
+        Ok(())
+    }
+}
