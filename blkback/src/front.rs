@@ -4,12 +4,14 @@
 //! granted pages. Like blkfront's persistent grants, the pool is granted once; the caller says which of its pages a
 //! request uses.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hypervisor::memory::Mapping;
 use hypervisor::{DomId, EventChannel, GrantAccess, GrantRef, Guest, PAGE_SIZE, Shared};
 use ring::{FrontRing, Layout, Overflow};
+use rustix::event::{PollFd, PollFlags};
 use xenstore_client::xenbus::{State, toolstack};
 use xenstore_client::{Client, Store};
 
@@ -110,14 +112,15 @@ impl Frontend {
         let backend = store.read_str(&format!("{path}/backend-id"))?;
         let backend: DomId = backend.parse().map_err(|_| Error::Backend(format!("backend-id is {backend:?}")))?;
         let mut front = Self { store, guest, path, backend_path, disk: Disk::none(), queues: Vec::new() };
-        front.wait(&[State::InitWait])?;
+        // Closed is where a backend stands that was just left, and comes back from.
+        front.wait(&[State::InitWait], &[])?;
         let options = front.choose(options)?;
         for _ in 0..options.queues {
             let queue = Queue::new(&front.guest, backend, &options)?;
             front.queues.push(queue);
         }
         front.publish(&options)?;
-        front.wait(&[State::Connected])?;
+        front.wait(&[State::Connected], &[State::Closing, State::Closed])?;
         front.disk = front.read_disk()?;
         for queue in &mut front.queues {
             queue.indirect = front.disk.indirect;
@@ -177,17 +180,17 @@ impl Frontend {
         text.map(|text| text.parse().map_err(|_| Error::Backend(format!("{key} is {text:?}")))).transpose()
     }
 
-    /// Waits until the backend is in one of these states. A backend that gives up says why.
-    fn wait(&self, wanted: &[State]) -> Result<State, Error> {
-        let mut states = wanted.to_vec();
-        states.extend([State::Closing, State::Closed]);
-        let state = toolstack::wait_state(&self.store, &format!("{}/state", self.backend_path), &states, PATIENCE)?;
-        if wanted.contains(&state) {
-            return Ok(state);
-        }
+    /// Waits until the backend is in a state that is `wanted`, or has given up; it may have said why.
+    fn wait(&self, wanted: &[State], given_up: &[State]) -> Result<(), Error> {
+        let path = format!("{}/state", self.backend_path);
+        let failure = match toolstack::wait_state(&self.store, &path, &[wanted, given_up].concat(), PATIENCE) {
+            Ok(state) if wanted.contains(&state) => return Ok(()),
+            Ok(state) => format!("the backend went to state {state}"),
+            Err(error @ xenstore_client::Error::Timeout { .. }) => error.to_string(),
+            Err(error) => return Err(error.into()),
+        };
         let reason = self.store.read_opt(&format!("{}/error", self.backend_path))?;
-        let reason = reason.unwrap_or_else(|| "it does not say why".into());
-        Err(Error::Backend(format!("the backend went to {state:?} instead of {wanted:?}: {reason}")))
+        Err(Error::Backend(format!("{failure}: {}", reason.as_deref().unwrap_or("it does not say why"))))
     }
 
     fn switch(&self, state: State) -> Result<(), Error> {
@@ -451,19 +454,20 @@ impl Queue {
         Ok(self.ring.rearm().map_err(broken)? > 0)
     }
 
-    /// Sleeps until an answer waits, or for `timeout`. False when there is none.
+    /// Sleeps until an answer waits, `other` becomes readable, or `timeout` is over. True when an answer waits.
     ///
     /// # Errors
     /// When the backend broke the ring, or waiting fails.
-    pub fn wait(&mut self, timeout: Duration) -> Result<bool, Error> {
+    pub fn wait(&mut self, other: Option<BorrowedFd<'_>>, timeout: Duration) -> Result<bool, Error> {
         if self.has_outcome()? || self.rearm()? {
             return Ok(true);
         }
         let failed = |error| hypervisor::Error::io("event channel", error);
         self.channel.unmask().map_err(failed)?;
-        let mut polled = [rustix::event::PollFd::from_borrowed_fd(self.channel.fd(), rustix::event::PollFlags::IN)];
+        let polled = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = [polled(self.channel.fd()), polled(other.unwrap_or_else(|| self.channel.fd()))];
         let limit = rustix::event::Timespec::try_from(timeout).ok();
-        match rustix::event::poll(&mut polled, limit.as_ref()) {
+        match rustix::event::poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(failed(error.into()).into()),
         }

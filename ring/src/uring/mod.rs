@@ -84,6 +84,9 @@ impl<T> std::fmt::Debug for Uring<T> {
 /// `user_data` of the cancellations that drop submits; no flight has it.
 const CANCEL: u64 = u64::MAX;
 
+/// IORING_UNREGISTER_FILES, which io-uring keeps to itself.
+const UNREGISTER_FILES: u8 = 3;
+
 /// Linux does not move more in one call (MAX_RW_COUNT, rounded down to a page).
 const MOST_BYTES: usize = 0x7fff_f000;
 
@@ -109,6 +112,7 @@ impl<T> Uring<T> {
         let mut restrictions: Vec<_> = allowed.into_iter().map(Restriction::sqe_op).collect();
         restrictions.push(Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits()));
         restrictions.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
+        restrictions.push(Restriction::register_op(UNREGISTER_FILES));
         ring.submitter().register_restrictions(&mut restrictions)?;
         ring.submitter().register_enable_rings()?;
         Ok(Self {
@@ -273,6 +277,10 @@ impl<T> Drop for Uring<T> {
             if self.in_flight() > 0 && waited % 30 == 0 {
                 tracing::warn!(in_flight = self.in_flight(), "still waiting for the kernel to finish operations");
             }
+        }
+        // The kernel tears a closed ring down at its leisure and holds the files, and locks on them, until then.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            tracing::warn!(%error, "the kernel keeps the files of a closed io_uring for a while");
         }
     }
 }

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::machine::Input;
 use super::slot::{Context, Slot};
-use super::{Kind, Notes, Notifier, State};
+use super::{Kind, Notes, Notifier};
 use crate::wake::Wake;
 use crate::{Client, DomId, Error, Result, Store, WatchEvent, Watcher};
 
@@ -277,11 +277,6 @@ impl<K: Kind> Driver<K> {
         if self.stopping || self.slots.contains_key(&(dom, devid)) {
             return Ok(());
         }
-        let Some(found) = self.client.read_opt(&format!("{path}/state"))? else { return Ok(()) };
-        let Some(found) = State::parse(&found) else {
-            tracing::warn!("{path}/state is {found:?}; not taken in");
-            return Ok(());
-        };
         let serial = self.next_serial;
         self.next_serial += 1;
         let mut ctx = Context {
@@ -292,8 +287,9 @@ impl<K: Kind> Driver<K> {
             home: &self.home,
             kind: &mut self.kind,
         };
-        let slot = match Slot::new(&mut ctx, serial, path, dom, devid, found) {
-            Ok(slot) => slot,
+        let (slot, found) = match Slot::new(&mut ctx, serial, path, dom, devid) {
+            Ok(Some(taken)) => taken,
+            Ok(None) => return Ok(()),
             Err(Error::Disconnected) => return Err(Error::Disconnected),
             Err(error) => {
                 tracing::error!("device {dom}/{devid} is not taken in: {error}");

@@ -21,13 +21,13 @@ pub enum Front {
 
 impl Front {
     /// It may be using its rings.
-    fn is_serving(self) -> bool {
+    pub(super) fn is_serving(self) -> bool {
         use State::{Connected, Initialised, Reconfigured, Reconfiguring};
         matches!(self, Self::At(Initialised | Connected | Reconfiguring | Reconfigured))
     }
 
     /// It has published its rings.
-    fn is_ready(self) -> bool {
+    pub(super) fn is_ready(self) -> bool {
         matches!(self, Self::At(State::Initialised | State::Connected))
     }
 }

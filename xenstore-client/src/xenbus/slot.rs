@@ -41,16 +41,21 @@ enum Written {
 }
 
 impl<D: Device> Slot<D> {
-    /// Takes in a device found in the store at `path`, whose `state` reads `found`.
+    /// Takes in the device whose directory is `path`, with the state it is found in; `None` if there is none.
     pub(super) fn new<K: Kind<Device = D>>(
         ctx: &mut Context<'_, K>,
         serial: u64,
         path: String,
         dom: DomId,
         devid: u32,
-        found: State,
-    ) -> Result<Self> {
+    ) -> Result<Option<(Self, State)>> {
+        // State and links come from one snapshot: the directory may be replaced while we look.
         let keys = frontend::read_backend(ctx.client, &path)?;
+        let Some(text) = keys.get("state") else { return Ok(None) };
+        let Some(found) = State::parse(text) else {
+            tracing::warn!("{path}/state is {text:?}; not taken in");
+            return Ok(None);
+        };
         let frontend_path = keys.get("frontend").unwrap_or_default().to_owned();
         let good = match keys.get("frontend-id").map(str::parse::<DomId>) {
             Some(Ok(id)) if id == dom => frontend::check_path(&frontend_path, dom),
@@ -76,7 +81,7 @@ impl<D: Device> Slot<D> {
         if slot.frontend.is_ok() {
             ctx.watcher.add(&slot.state_path(), &format!("state {serial}"))?;
         }
-        Ok(slot)
+        Ok(Some((slot, found)))
     }
 
     /// Starts the machine at the state the device was found in.
@@ -215,7 +220,7 @@ impl<D: Device> Slot<D> {
                     })?;
                     Ok(if there { Vec::new() } else { vec![Input::Removed] })
                 }
-                Err(fault) => Ok(vec![Input::Fault(fault)]),
+                Err(input) => Ok(vec![input]),
             },
             Action::SetState(state) => {
                 tracing::info!(device = %self.id.backend_path, "state {state}");
@@ -224,8 +229,8 @@ impl<D: Device> Slot<D> {
             }
             Action::Open => {
                 // After a process that died in state 4 there is no device yet.
-                if let Err(fault) = self.create(ctx)? {
-                    return Ok(vec![Input::OpenFailed(fault)]);
+                if let Err(input) = self.create(ctx)? {
+                    return Ok(vec![input, Input::Skipped]);
                 }
                 let keys = frontend::read_backend(ctx.client, &self.id.backend_path)?;
                 // What the machine knows may be out of date: the directory may be another device's by now.
@@ -275,24 +280,31 @@ impl<D: Device> Slot<D> {
         }
     }
 
-    fn create<K: Kind<Device = D>>(&mut self, ctx: &mut Context<'_, K>) -> Result<Result<(), Fault>> {
+    /// Makes the device if there is none. The inner result is what has to be told to the machine if that fails.
+    fn create<K: Kind<Device = D>>(&mut self, ctx: &mut Context<'_, K>) -> Result<Result<(), Input>> {
         if self.device.is_some() {
             return Ok(Ok(()));
         }
         if let Err(fault) = &self.frontend {
-            return Ok(Err(fault.clone()));
+            return Ok(Err(Input::Fault(fault.clone())));
         }
         let keys = frontend::read_backend(ctx.client, &self.id.backend_path)?;
+        if !self.is_ours(keys.get("state")) {
+            return Ok(Err(Input::Removed));
+        }
         let made = ctx.kind.create(&self.id, &keys, ctx.notifier.for_device(self.serial));
-        Ok(made.map(|device| self.device = Some(device)))
+        Ok(made.map(|device| self.device = Some(device)).map_err(Input::Fault))
     }
 
     fn features<K: Kind<Device = D>>(
         &mut self,
         ctx: &mut Context<'_, K>,
-    ) -> Result<Result<Vec<(String, String)>, Fault>> {
+    ) -> Result<Result<Vec<(String, String)>, Input>> {
         let created = self.create(ctx)?;
-        Ok(created.and_then(|()| self.device.as_mut().map_or_else(|| Ok(Vec::new()), Device::features)))
+        Ok(created.and_then(|()| match &mut self.device {
+            Some(device) => device.features().map_err(Input::Fault),
+            None => Ok(Vec::new()),
+        }))
     }
 
     fn connect<K: Kind<Device = D>>(&mut self, ctx: &mut Context<'_, K>, reattach: bool) -> Result<Vec<Input>> {
@@ -306,7 +318,8 @@ impl<D: Device> Slot<D> {
                 Err(Error::Disconnected) => return Err(Error::Disconnected),
                 Err(error) => return Ok(vec![Input::ConnectFailed(error.into())]),
             };
-        if front != self.machine.front() {
+        let still = if reattach { front.is_serving() } else { front.is_ready() };
+        if !still {
             return Ok(vec![Input::Frontend(front), Input::Skipped]);
         }
         let connected = if reattach { device.reattach(&keys).map(|()| Vec::new()) } else { device.connect(&keys) };

@@ -1,0 +1,193 @@
+//! Disks served from end to end: XenStore, ring, grants, event channel and io_uring, in one process.
+
+mod common;
+
+use std::os::unix::fs::MetadataExt;
+
+use blkback::abi::{Protocol, op};
+use blkback::device::Config;
+use blkback::front::{Options, Piece, Queue};
+use blkback::negotiate::Limits;
+use common::{Dom0, outcomes, status};
+
+/// A whole page of the pool.
+fn page(page: u32) -> Piece {
+    Piece { page, first: 0, last: 7 }
+}
+
+fn pattern(seed: u64, page: u32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(page) << 32 | 1;
+    (0..4096)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+        .collect()
+}
+
+/// Writes `pages` pages at `sector`, reads them into other pages, and compares.
+fn round_trip(queue: &mut Queue, sector: u64, pages: u32, seed: u64) {
+    let pieces: Vec<_> = (0..pages).map(page).collect();
+    for number in 0..pages {
+        queue.data().copy_in(number as usize * 4096, &pattern(seed, number));
+    }
+    queue.submit(op::WRITE, sector, &pieces, 1);
+    assert_eq!(status(queue), 0, "write");
+    let pieces: Vec<_> = (pages..2 * pages).map(page).collect();
+    queue.submit(op::READ, sector, &pieces, 2);
+    assert_eq!(status(queue), 0, "read");
+    let mut back = vec![0; 4096];
+    for number in 0..pages {
+        queue.data().copy_out((pages + number) as usize * 4096, &mut back);
+        assert!(back == pattern(seed, number), "page {number} of {pages} at sector {sector}");
+    }
+}
+
+/// Every layout, ring size, number of queues and way to the guest's pages, direct and indirect requests through each.
+#[test]
+fn every_shape_of_ring() {
+    for persistent in [true, false] {
+        let dom0 = Dom0::with(Config { limits: Limits { queues: 4, ..Limits::default() }, cpus: vec![] });
+        let image = dom0.image("disk.img", 8 << 20);
+        for protocol in [Protocol::X86_64, Protocol::X86_32, Protocol::Arm] {
+            for (ring_order, queues) in [(0, 1), (1, 1), (4, 1), (0, 2), (2, 4)] {
+                let options =
+                    Options { protocol, ring_order, queues, persistent, pool_pages: 128, ..Options::default() };
+                let mut disk = dom0.connected(&image, "w", &options);
+                assert_eq!(disk.queues.len(), queues as usize);
+                for (number, queue) in disk.queues.iter_mut().enumerate() {
+                    assert_eq!(queue.slots(), 32 << ring_order);
+                    for pages in [1, 11, 12, 64] {
+                        round_trip(queue, number as u64 * 2048, pages, u64::from(pages) + 1000 * number as u64);
+                    }
+                    // More requests than the ring has slots, so that its indices wrap.
+                    for round in 0..2 * queue.slots() {
+                        queue.submit(op::READ, 0, &[page(round % 128)], 7);
+                        assert_eq!(status(queue), 0);
+                    }
+                }
+                let guest = disk.guest.clone();
+                disk.close();
+                dom0.detach(&guest, "xvda");
+            }
+        }
+    }
+}
+
+/// A guest that does not name its layout is a 32-bit one.
+#[test]
+fn a_guest_that_names_no_protocol_is_a_32_bit_guest() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 1 << 20);
+    let options = Options { protocol: Protocol::X86_32, name_protocol: false, ..Options::default() };
+    let mut disk = dom0.connected(&image, "w", &options);
+    round_trip(disk.queue(), 8, 4, 1);
+    disk.close();
+}
+
+#[test]
+fn a_full_ring_of_small_requests_with_odd_sectors() {
+    for persistent in [true, false] {
+        let dom0 = Dom0::start();
+        let image = dom0.image("disk.img", 1 << 20);
+        let mut disk = dom0.connected(&image, "w", &Options { persistent, ..Options::default() });
+        let queue = disk.queue();
+        for round in 0..32u32 {
+            queue.data().copy_in(round as usize * 4096, &pattern(9, round));
+            // Three sectors from the third of each page.
+            let piece = Piece { page: round, first: 2, last: 4 };
+            queue.submit(op::WRITE, u64::from(round) * 3, &[piece], round.into());
+        }
+        assert!(outcomes(queue, 32).iter().all(|outcome| outcome.status == 0));
+        let file = std::fs::read(&image).unwrap();
+        for round in 0..32 {
+            let written = &file[round * 1536..round * 1536 + 1536];
+            assert!(written == &pattern(9, round as u32)[1024..2560], "request {round}");
+        }
+        disk.close();
+    }
+}
+
+#[test]
+fn discard_frees_the_file_and_reads_as_zeros() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 4 << 20);
+    let mut disk = dom0.connected(&image, "w", &Options::default());
+    if !disk.front.disk().discard {
+        eprintln!("NOT TESTED: discard: the file system of {} cannot punch holes", image.display());
+        return;
+    }
+    let queue = disk.queue();
+    for sector in (0..2048).step_by(64) {
+        round_trip(queue, sector, 8, sector);
+    }
+    queue.submit(op::FLUSH_DISKCACHE, 0, &[], 3);
+    assert_eq!(status(queue), 0);
+    let before = std::fs::metadata(&image).unwrap().blocks();
+    // From the middle of a block to the middle of another: no byte outside may change.
+    queue.submit_discard(1, 2000, 4);
+    assert_eq!(status(queue), 0);
+    let after = std::fs::metadata(&image).unwrap();
+    assert!(after.blocks() < before && after.len() == 4 << 20, "{} blocks, then {}", before, after.blocks());
+    let file = std::fs::read(&image).unwrap();
+    assert!(file[..512] == pattern(0, 0)[..512], "the sector before");
+    assert!(file[512..2001 * 512].iter().all(|&byte| byte == 0), "discarded sectors read as zeros");
+    assert!(file[2001 * 512..].iter().any(|&byte| byte != 0), "the sectors behind");
+    disk.close();
+}
+
+#[test]
+fn many_guests_and_disks_at_once() {
+    let dom0 = Dom0::start();
+    let threads: Vec<_> = (0..8)
+        .map(|number| {
+            let image = dom0.image(&format!("{number}.img"), 1 << 20);
+            let mut disk = dom0.connected(&image, "w", &Options::default());
+            std::thread::spawn(move || {
+                for round in 0..50 {
+                    round_trip(disk.queue(), round * 8, 8, round + number * 1000);
+                }
+                disk.close();
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    assert_eq!(dom0.machine.domains().iter().map(|domain| domain.mapped).sum::<u32>(), 0, "pages still mapped");
+}
+
+/// Requests that were in the ring when the guest closes are answered before its pages are let go.
+#[test]
+fn closing_waits_for_what_is_in_flight() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 1 << 20);
+    let mut disk = dom0.connected(&image, "w", &Options::default());
+    for round in 0..32 {
+        disk.queue().submit(op::WRITE, round * 8, &[page(round as u32)], round);
+    }
+    disk.queue().publish().unwrap();
+    let guest = disk.guest.clone();
+    disk.close();
+    dom0.detach(&guest, "xvda");
+    assert_eq!(dom0.machine.domains().iter().map(|domain| domain.mapped).sum::<u32>(), 0);
+}
+
+/// The guest unloads its driver and loads it again, as pvgrub and the kernel after it do.
+#[test]
+fn a_guest_reconnects() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 1 << 20);
+    let guest = dom0.guest("guest");
+    dom0.attach(&guest, &format!("{},raw,xvda,w", image.display())).unwrap();
+    for round in 0..5 {
+        let mut front = blkback::front::Frontend::connect(guest.clone(), common::XVDA, &Options::default()).unwrap();
+        let mut queues = front.take_queues();
+        round_trip(&mut queues[0], 0, 4, round);
+        front.close(queues).unwrap();
+        // The driver loads anew.
+        let path = format!("/local/domain/{}/device/vbd/{}/state", hypervisor::Guest::domid(&*guest), common::XVDA);
+        xenstore_client::Store::write(&hypervisor::Guest::store(&*guest).unwrap(), &path, "1").unwrap();
+    }
+    dom0.detach(&guest, "xvda");
+}
