@@ -444,11 +444,7 @@ mod encode {
         pub fn decode(bytes: &[u8; 12]) -> Self {
             let mut id = [0; 8];
             id.copy_from_slice(&bytes[..8]);
-            Self {
-                id: u64::from_le_bytes(id),
-                operation: bytes[8],
-                status: i16::from_le_bytes([bytes[10], bytes[11]]),
-            }
+            Self { id: u64::from_le_bytes(id), operation: bytes[8], status: i16::from_le_bytes([bytes[10], bytes[11]]) }
         }
 
         /// Whether it says that all went well.

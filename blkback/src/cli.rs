@@ -108,7 +108,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 type Failure = Box<dyn std::error::Error>;
 
 fn execute(cli: Cli) -> Result<(), Failure> {
-    let machine = cli.hypervisor.ok_or("say which machine: --hypervisor emu:DIR, where emu-xen serve --dir DIR runs")?;
+    let machine =
+        cli.hypervisor.ok_or("say which machine: --hypervisor emu:DIR, where emu-xen serve --dir DIR runs")?;
     let join = || machine.join_backend(cli.backend_domid);
     match cli.command {
         Command::Serve(serve) => run_server(join()?, serve),
@@ -153,7 +154,11 @@ fn execute(cli: Cli) -> Result<(), Failure> {
 
 fn run_server(xen: Arc<dyn Backend>, serve: Serve) -> Result<(), Failure> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init().map_err(|e| e.to_string())?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init()
+        .map_err(|e| e.to_string())?;
     let mut limits = Limits {
         ring_page_order: serve.ring_order,
         indirect_segments: serve.indirect,

@@ -101,7 +101,8 @@ pub struct Vbd {
 fn target(backend: &Keys) -> Result<PathBuf, Fault> {
     let params = backend.get("params").map(|params| params.strip_prefix("aio:").unwrap_or(params));
     let path = backend.get("physical-device-path").or(params).filter(|path| !path.is_empty());
-    let path = path.ok_or_else(|| backend.fault(libc::ENOENT, "neither physical-device-path nor params name a disk"))?;
+    let path =
+        path.ok_or_else(|| backend.fault(libc::ENOENT, "neither physical-device-path nor params name a disk"))?;
     Ok(Path::new(path).to_owned())
 }
 

@@ -133,7 +133,11 @@ impl Frontend {
     fn choose(&self, options: &Options) -> Result<Options, Error> {
         let ring_order = self.backend_number("max-ring-page-order")?.unwrap_or(0) as u32;
         let queues = self.backend_number("multi-queue-max-queues")?.unwrap_or(1) as u32;
-        Ok(Options { ring_order: options.ring_order.min(ring_order), queues: options.queues.clamp(1, queues), ..*options })
+        Ok(Options {
+            ring_order: options.ring_order.min(ring_order),
+            queues: options.queues.clamp(1, queues),
+            ..*options
+        })
     }
 
     fn publish(&self, options: &Options) -> Result<(), Error> {
@@ -224,6 +228,11 @@ impl Frontend {
             queue.release(&*self.guest)?;
         }
         Ok(())
+    }
+
+    /// Where the backend's half is in XenStore.
+    pub fn backend_path(&self) -> &str {
+        &self.backend_path
     }
 
     /// Where the device is in XenStore.
@@ -430,7 +439,8 @@ impl Queue {
     #[inline]
     pub fn raw_outcome(&mut self) -> Result<Option<Answer>, Error> {
         let mut record = [0; 12];
-        if !self.ring.consume(&mut record) && (self.ring.pending().map_err(broken)? == 0 || !self.ring.consume(&mut record))
+        if !self.ring.consume(&mut record)
+            && (self.ring.pending().map_err(broken)? == 0 || !self.ring.consume(&mut record))
         {
             return Ok(None);
         }

@@ -69,12 +69,7 @@ impl Grants {
     ///
     /// # Errors
     /// When the kernel has no memory.
-    pub fn new(
-        xen: Arc<dyn Backend>,
-        peer: DomId,
-        arena_pages: u32,
-        most_kept: usize,
-    ) -> std::io::Result<Self> {
+    pub fn new(xen: Arc<dyn Backend>, peer: DomId, arena_pages: u32, most_kept: usize) -> std::io::Result<Self> {
         let memory = Rc::new(Mapping::anonymous(arena_pages as usize * PAGE_SIZE)?);
         let arena = Arena { memory, free: (0..arena_pages).rev().collect() };
         let kept = HashMap::with_capacity_and_hasher(most_kept, BuildHasherDefault::default());

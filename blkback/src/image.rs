@@ -258,7 +258,11 @@ mod tests {
             for second in [ReadOnly, Write, SharedWrite] {
                 let _held = Image::open(&path, first).unwrap();
                 let outcome = Image::open(&link, second);
-                assert_eq!(outcome.is_ok(), allowed.contains(&(first, second)), "{first:?} then {second:?}: {outcome:?}");
+                assert_eq!(
+                    outcome.is_ok(),
+                    allowed.contains(&(first, second)),
+                    "{first:?} then {second:?}: {outcome:?}"
+                );
             }
         }
         Image::open(&path, Write).expect("all claims are gone");

@@ -21,9 +21,7 @@ use hypervisor::memory::{IoList, Mapping};
 use hypervisor::{CopyDirection, CopyOp, EventChannel, GrantStatus};
 use ring::{BackRing, Overflow};
 
-use crate::abi::{
-    DIRECT_SEGMENTS, Protocol, Response, SECTOR, SEGMENT_SIZE, SEGMENTS_PER_PAGE, Segment, Slot, Status,
-};
+use crate::abi::{DIRECT_SEGMENTS, Protocol, Response, SECTOR, SEGMENT_SIZE, SEGMENTS_PER_PAGE, Segment, Slot, Status};
 use crate::counters::Counters;
 use crate::grants::Grants;
 use crate::request::{self, Refusal, Shape, Transfer, Work};
@@ -59,7 +57,9 @@ pub enum Broken {
     #[error("the frontend broke the ring: {0}")]
     Ring(#[from] Overflow),
     /// A flush failed: no write or flush of this disk will be answered any more.
-    #[error("flush failed: {0}; data written since the last flush may be lost. The disk stays closed until it is attached anew: check the storage first")]
+    #[error(
+        "flush failed: {0}; data written since the last flush may be lost. The disk stays closed until it is attached anew: check the storage first"
+    )]
     Flush(#[source] io::Error),
     /// The machine under us failed.
     #[error("{what}: {source}")]
@@ -356,7 +356,8 @@ impl<S: Storage> Queue<S> {
         let flight = &mut self.flights[token as usize];
         for segment in &self.segments {
             // Checked by check_segments, from the same private copy.
-            let (at, len) = (u16::from(segment.first_sect) * 512, u16::from(segment.last_sect - segment.first_sect + 1) * 512);
+            let (at, len) =
+                (u16::from(segment.first_sect) * 512, u16::from(segment.last_sect - segment.first_sect + 1) * 512);
             self.grants.add((segment.gref, at, len), direction, &mut memory, &mut flight.pages, &mut flight.copies);
         }
         match doing {
@@ -434,7 +435,11 @@ impl<S: Storage> Queue<S> {
             self.run_batch(|queue, token, okay| {
                 let (doing, len) = (queue.flights[token as usize].doing, queue.flights[token as usize].len);
                 let Some(due) = queue.land(token, IoList::default()) else { return };
-                if okay { queue.succeed(doing, len, due, progress) } else { queue.refuse(due, Refusal::Grant, progress) }
+                if okay {
+                    queue.succeed(doing, len, due, progress)
+                } else {
+                    queue.refuse(due, Refusal::Grant, progress)
+                }
             });
         }
         outcome

@@ -121,7 +121,12 @@ fn finish_attach(
 ) -> Result<Attached, Error> {
     let backend = device.backend_path();
     let state = format!("{backend}/state");
-    match toolstack::wait_state(store, &state, &[State::InitWait, State::Closing, State::Closed], toolstack::INIT_TIMEOUT) {
+    match toolstack::wait_state(
+        store,
+        &state,
+        &[State::InitWait, State::Closing, State::Closed],
+        toolstack::INIT_TIMEOUT,
+    ) {
         Ok(State::InitWait) => {}
         Ok(_) => return refused(backend_error(store, &backend)?),
         Err(error) => {
@@ -205,7 +210,8 @@ pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
         let (backend_id, state) = (shown(value("backend-id")?), shown(value("state")?));
         let (port, ring) = (shown(value("event-channel")?), shown(value("ring-ref")?));
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "{number:<5} {backend_id:<3} {frontend:<6} {state:<5} {port:<6} {ring:<8} {backend:<30}");
+        let _ =
+            writeln!(text, "{number:<5} {backend_id:<3} {frontend:<6} {state:<5} {port:<6} {ring:<8} {backend:<30}");
         if let Some(error) = store.read_opt(&format!("{backend}/error"))? {
             let _ = writeln!(text, "      {}: {error}", Vdev::from_number(number).name());
         }

@@ -14,6 +14,7 @@ use ring::{BackRing, Layout};
 use rustix::event::{EventfdFlags, eventfd};
 use xenstore_client::xenbus::{Blame, Fault};
 
+use crate::abi::Protocol;
 use crate::counters::Counters;
 use crate::grants::Grants;
 use crate::image::Image;
@@ -22,7 +23,6 @@ use crate::patience::Patience;
 use crate::queue::{Broken, Health, Parts, Queue};
 use crate::request::Shape;
 use crate::storage::UringStorage;
-use crate::abi::Protocol;
 
 /// Pages of ours that a queue copies through: 8 MiB, eight of the largest requests at a time.
 const ARENA_PAGES: u32 = 2048;
@@ -107,7 +107,8 @@ impl Worker {
                     return;
                 }
                 // A bug of ours in one queue must not take the other disks along.
-                let drive = AssertUnwindSafe(|| Drive { queue, counters: &counters, stop: &stop, report: &report }.run());
+                let drive =
+                    AssertUnwindSafe(|| Drive { queue, counters: &counters, stop: &stop, report: &report }.run());
                 if catch_unwind(drive).is_err() {
                     report(Report::Broken(Fault::host(libc::EIO, "a queue's thread panicked; see the log")));
                 }
@@ -174,12 +175,12 @@ const CONTROL: u32 = 1;
 
 fn build(plan: Plan, wake: &OwnedFd) -> Result<Queue<UringStorage>, Fault> {
     let Plan { xen, peer, keys, protocol, persistent, image, shape, health, counters, .. } = plan;
-    let ring = xen.map(peer, &keys.ring, GrantAccess::ReadWrite).map_err(|error| {
-        Fault::guest(libc::EINVAL, format!("mapping the ring: {error}"))
-    })?;
-    let channel = xen.bind(peer, keys.port).map_err(|error| {
-        Fault::guest(libc::EINVAL, format!("binding the event channel: {error}"))
-    })?;
+    let ring = xen
+        .map(peer, &keys.ring, GrantAccess::ReadWrite)
+        .map_err(|error| Fault::guest(libc::EINVAL, format!("mapping the ring: {error}")))?;
+    let channel = xen
+        .bind(peer, keys.port)
+        .map_err(|error| Fault::guest(libc::EINVAL, format!("binding the event channel: {error}")))?;
     let layout = Layout::new(protocol.stride(), keys.ring.len());
     let entries = layout.entries();
     let storage = UringStorage::new(image.as_fd(), &[channel.fd(), wake.as_fd()], entries)

@@ -27,9 +27,10 @@ pub enum GrantAccess {
 pub enum GrantStatus {
     /// Done.
     Okay = 0,
-    /// Refused for a reason without a code of its own, such as writing to a read-only grant.
+    /// Refused for a reason without a code of its own: an entry that grants nothing, or to somebody else, or only to
+    /// read.
     GeneralError = -1,
-    /// No such domain, or the grant is for another.
+    /// No such domain. A grant that is for another domain is a general error, on Xen as here.
     BadDomain = -2,
     /// No such grant reference.
     BadGrantRef = -3,
@@ -89,7 +90,7 @@ impl fmt::Display for GrantStatus {
         f.write_str(match self {
             Self::Okay => "okay",
             Self::GeneralError => "refused (GNTST_general_error)",
-            Self::BadDomain => "no such domain, or granted to another (GNTST_bad_domain)",
+            Self::BadDomain => "no such domain (GNTST_bad_domain)",
             Self::BadGrantRef => "no such grant (GNTST_bad_gntref)",
             Self::BadHandle => "no such mapping (GNTST_bad_handle)",
             Self::BadVirtAddr => "bad address (GNTST_bad_virt_addr)",

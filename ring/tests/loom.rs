@@ -1,8 +1,8 @@
 //! The notification race, in every order a weak memory allows: loom runs both halves of the ring against each other
 //! and finds a schedule, if there is one, in which a side sleeps although there is work for it.
 
-use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use loom::sync::Notify;
+use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use loom::thread;
 use std::sync::Arc;
 

@@ -1,6 +1,8 @@
 //! A whole machine in one process: blkback serving on a thread, and guests that the tests play.
 
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+
+pub mod scene;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

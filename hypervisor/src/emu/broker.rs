@@ -44,10 +44,8 @@ impl Machine {
     pub fn start(dir: impl AsRef<Path>, limits: Limits) -> Result<Running> {
         let dir = dir.as_ref().to_path_buf();
         let lock = claim(&dir)?;
-        // Sockets of a machine that was killed: nobody listens there, since we hold the lock.
-        for socket in [SOCKET, STORE_SOCKET] {
-            remove_socket(&dir.join(socket))?;
-        }
+        // Of a machine that was killed: nobody listens there, since we hold the lock. The store replaces its own.
+        remove_socket(&dir.join(SOCKET))?;
         let machine = Self::listening(limits, &dir.join(STORE_SOCKET))?;
         let path = dir.join(SOCKET);
         let listener = listen(&path).map_err(|error| Error::io(format!("listening at {}", path.display()), error))?;
@@ -90,11 +88,11 @@ impl Drop for Running {
         {
             tracing::error!("the broker panicked");
         }
-        for socket in [SOCKET, STORE_SOCKET] {
-            if let Err(error) = remove_socket(&self.dir.join(socket)) {
-                tracing::warn!(%error, "the machine's socket stays");
-            }
+        if let Err(error) = remove_socket(&self.dir.join(SOCKET)) {
+            tracing::warn!(%error, "the machine's socket stays");
         }
+        // Although handles of the machine may still be about: the directory is free from here on.
+        self.machine.end_store();
     }
 }
 

@@ -19,12 +19,20 @@ use crate::{Error, Result};
 /// The broker's socket in the machine's directory.
 pub(super) const SOCKET: &str = "hypervisor.sock";
 
+/// A connection to the broker.
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: OwnedFd,
+    /// Room for an answer, kept from call to call.
+    answer: Vec<u8>,
+}
+
 #[derive(Debug)]
 pub(super) enum Link {
     /// In the machine's own process.
     Local { machine: Machine, seat: SeatId },
-    /// A connection to the broker; the lock keeps a question and its answer together.
-    Broker(Mutex<OwnedFd>),
+    /// Through the broker; the lock keeps a question and its answer together.
+    Broker(Mutex<Connection>),
 }
 
 impl Drop for Link {
@@ -48,7 +56,7 @@ impl Link {
         let path = dir.join(SOCKET);
         let context = format!("joining the machine at {} (does emu-xen serve it?)", path.display());
         let socket = connect(&path).map_err(|error| Refusal::io(&context, &error.into()))?;
-        let link = Self::Broker(Mutex::new(socket));
+        let link = Self::Broker(Mutex::new(Connection { socket, answer: vec![0; MESSAGE_MAX] }));
         let answer = link.call(Request::Join(join))?;
         Ok((link, answer))
     }
@@ -57,10 +65,7 @@ impl Link {
     pub(super) fn call(&self, request: Request) -> Result<Answer, Refusal> {
         match self {
             Self::Local { machine, seat } => machine.call(*seat, request),
-            Self::Broker(socket) => {
-                let socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
-                exchange(socket.as_fd(), &request)
-            }
+            Self::Broker(connection) => connection.lock().unwrap_or_else(PoisonError::into_inner).exchange(&request),
         }
     }
 }
@@ -71,34 +76,40 @@ fn connect(path: &Path) -> rustix::io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn exchange(socket: impl AsFd, request: &Request) -> Result<Answer, Refusal> {
-    let lost = |error: std::io::Error| Refusal::io("talking to the machine (has emu-xen ended?)", &error);
-    let question = serde_json::to_vec(request).map_err(|error| lost(error.into()))?;
-    rustix::net::send(&socket, &question, SendFlags::NOSIGNAL).map_err(|error| lost(error.into()))?;
+impl Connection {
+    fn exchange(&mut self, request: &Request) -> Result<Answer, Refusal> {
+        let lost = |error: std::io::Error| Refusal::io("talking to the machine (has emu-xen ended?)", &error);
+        let question = serde_json::to_vec(request).map_err(|error| lost(error.into()))?;
+        rustix::net::send(&self.socket, &question, SendFlags::NOSIGNAL).map_err(|error| lost(error.into()))?;
 
-    let mut text = vec![0; MESSAGE_MAX];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::io::retry_on_intr(|| {
-        rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC)
-    })
-    .map_err(|error| lost(error.into()))?;
-    let fds: Vec<Arc<OwnedFd>> = control
-        .drain()
-        .filter_map(|message| if let RecvAncillaryMessage::ScmRights(fds) = message { Some(fds) } else { None })
-        .flatten()
-        .map(Arc::new)
-        .collect();
-    if received.bytes == 0 {
-        return Err(lost(rustix::io::Errno::CONNRESET.into()));
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = rustix::io::retry_on_intr(|| {
+            rustix::net::recvmsg(
+                &self.socket,
+                &mut [IoSliceMut::new(&mut self.answer)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            )
+        })
+        .map_err(|error| lost(error.into()))?;
+        let fds: Vec<Arc<OwnedFd>> = control
+            .drain()
+            .filter_map(|message| if let RecvAncillaryMessage::ScmRights(fds) = message { Some(fds) } else { None })
+            .flatten()
+            .map(Arc::new)
+            .collect();
+        if received.bytes == 0 {
+            return Err(lost(rustix::io::Errno::CONNRESET.into()));
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            // The kernel had descriptors for us and this process has no room for them.
+            return Err(lost(rustix::io::Errno::MFILE.into()));
+        }
+        let reply: Result<Reply, Refusal> =
+            serde_json::from_slice(&self.answer[..received.bytes]).map_err(|error| lost(error.into()))?;
+        reply.map(|reply| Answer { reply, fds })
     }
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        // The kernel had descriptors for us and this process has no room for them.
-        return Err(lost(rustix::io::Errno::MFILE.into()));
-    }
-    let reply: Result<Reply, Refusal> =
-        serde_json::from_slice(&text[..received.bytes]).map_err(|error| lost(error.into()))?;
-    reply.map(|reply| Answer { reply, fds })
 }
 
 /// The broker's half: sends an answer with its descriptors, without ever waiting. A member asks one thing at a time

@@ -25,8 +25,6 @@ pub struct Machine {
 #[derive(Debug)]
 struct Inner {
     state: Mutex<State>,
-    /// The toolstack's connection, which makes and removes the domains' homes.
-    dom0: Client,
     store: Server,
 }
 
@@ -52,9 +50,8 @@ impl Machine {
 
     fn with_store(limits: Limits, store: Server) -> Result<Self> {
         let state = State::new(limits).map_err(|error| Error::io("creating the machine", error))?;
-        let dom0 = store.connect(DomId::DOM0)?;
-        toolstack::create_domain(&dom0, DomId::DOM0, "Domain-0")?;
-        Ok(Self { inner: Arc::new(Inner { state: Mutex::new(state), dom0, store }) })
+        toolstack::create_domain(&store.connect(DomId::DOM0)?, DomId::DOM0, "Domain-0")?;
+        Ok(Self { inner: Arc::new(Inner { state: Mutex::new(state), store }) })
     }
 
     /// Creates a guest. Its seat is in this process; dropping it destroys the domain.
@@ -91,6 +88,11 @@ impl Machine {
         Ok(self.inner.store.connect(domid)?)
     }
 
+    /// Ends XenStore, and with it the connections of all domains.
+    pub(super) fn end_store(&self) {
+        self.inner.store.shutdown();
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // A panic under the lock is a bug; the state it leaves is still checked at every step.
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -110,7 +112,7 @@ impl Machine {
     }
 
     fn furnish(&self, domid: DomId, name: &str) -> xenstore_client::Result<()> {
-        toolstack::create_domain(&self.inner.dom0, domid, name)?;
+        toolstack::create_domain(&self.inner.store.connect(DomId::DOM0)?, domid, name)?;
         self.inner.store.introduce(domid)
     }
 
@@ -132,11 +134,13 @@ impl Machine {
     /// first, so that who hears of the death by @releaseDomain finds them gone.
     fn clear_out(&self, domid: DomId) {
         let backends = self.state().backends();
-        let removed = toolstack::destroy_domain(&self.inner.dom0, domid, &backends);
-        let released = self.inner.store.release(domid);
+        let store = &self.inner.store;
+        let removed = store.connect(DomId::DOM0).and_then(|dom0| toolstack::destroy_domain(&dom0, domid, &backends));
+        let released = store.release(domid);
         if let Err(error) = removed.and(released) {
             tracing::warn!(%domid, %error, "xenstore did not let go of a dead domain");
         }
+        self.state().cleared(domid);
     }
 
     /// Carries out what a seat asks for.

@@ -3,22 +3,33 @@
 use super::call::{Answer, MAP_MAX, Refusal, Reply};
 use super::counters::{Event, Slot};
 use super::entry::{READING, WRITING};
-use super::state::{SeatId, State};
+use super::state::{Domain, SeatId, State};
 use crate::{DomId, GrantAccess, GrantRef, GrantStatus};
 
 /// How often one grant may be mapped for reading, and as often for writing. Xen counts in eight bits and refuses from
 /// the moment the highest is set.
 const PINS_MAX: u32 = 128;
 
-/// A grant that is mapped. The frame was checked when it was first mapped and holds for as long as it is.
-#[derive(Debug)]
-pub(super) struct Active {
+/// The grants of one domain that are mapped now, by reference. The frame was checked when it was first mapped and
+/// holds for as long as it is.
+#[derive(Debug, Default)]
+pub(super) struct Actives {
+    /// As long as the highest reference ever mapped.
+    by_ref: Vec<Active>,
+    /// How often grants are mapped, taken together.
+    pub(super) maps: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Active {
     /// Only this domain may map it again meanwhile, whatever the guest writes into the entry.
     by: DomId,
     frame: u32,
     readers: u32,
     writers: u32,
 }
+
+const IDLE: Active = Active { by: DomId::SELF, frame: 0, readers: 0, writers: 0 };
 
 /// What one call mapped.
 #[derive(Debug)]
@@ -44,20 +55,23 @@ impl State {
             return Err(Refusal::invalid(format!("a map takes 1 to {MAP_MAX} grants, not {}", refs.len())));
         }
         let slot = self.slot_if_known(us, peer);
-        let mut frames = Vec::with_capacity(refs.len());
-        for &gref in &refs {
-            match self.pin(us, peer, generation, GrantRef(gref), access) {
-                Ok(frame) => frames.push(frame),
-                Err(status) => {
-                    for &pinned in &refs[..frames.len()] {
-                        self.unpin(us, peer, pinned, access);
-                    }
-                    self.tally.refuse(slot, status);
-                    return Err(Refusal::grant(GrantRef(gref), status));
-                }
-            }
+        let held = self.domains.get(&us).map_or(0, |us| us.maps_held);
+        let room = self.limits.maptrack.saturating_sub(held) as usize;
+        let domain = self.live_mut(peer).filter(|domain| domain.generation == generation);
+        let pinned = match domain {
+            Some(domain) => domain.pin_all(us, &refs, access, room),
+            None => Err((refs[0], GrantStatus::BadDomain)),
+        };
+        let frames = pinned.map_err(|(gref, status)| {
+            self.tally.refuse(slot, status);
+            Refusal::grant(GrantRef(gref), status)
+        })?;
+        // At most MAP_MAX.
+        let count = refs.len() as u32;
+        self.tally.add(slot, Event::Map, u64::from(count));
+        if let Some(us) = self.domains.get_mut(&us) {
+            us.maps_held += count;
         }
-        self.tally.add(slot, Event::Map, refs.len() as u64);
         let handle = self.next_map;
         self.next_map += 1;
         if let Some(seat) = self.seats.get_mut(&seat) {
@@ -71,76 +85,88 @@ impl State {
         let seat = self.seats.get_mut(&seat).ok_or_else(|| Refusal::invalid("our domain was destroyed"))?;
         let bad = || Refusal::grant(GrantRef(0), GrantStatus::BadHandle);
         let (us, map) = (seat.domid, seat.maps.remove(&handle).ok_or_else(bad)?);
-        for &gref in &map.refs {
-            self.unpin(us, map.peer, gref, map.access);
+        // The peer is still there, perhaps as a zombie: our map kept it.
+        if let Some(domain) = self.domains.get_mut(&map.peer) {
+            domain.unpin_all(&map.refs, map.access);
+        }
+        if let Some(us) = self.domains.get_mut(&us) {
+            us.maps_held -= map.refs.len() as u32;
         }
         self.tally.add(map.slot, Event::Unmap, map.refs.len() as u64);
         self.reap(map.peer);
         Ok(())
     }
+}
 
-    fn pin(
+impl Domain {
+    /// Pins all, or none: then the first that was refused, and why. `room` is how many the mapper may still have.
+    fn pin_all(
         &mut self,
         us: DomId,
-        peer: DomId,
-        generation: u32,
-        gref: GrantRef,
+        refs: &[u32],
         access: GrantAccess,
-    ) -> Result<u32, GrantStatus> {
-        if self.domains.get(&us).is_none_or(|us| us.maps_held >= self.limits.maptrack) {
-            return Err(GrantStatus::NoSpace);
-        }
-        let domain = self.live_mut(peer).ok_or(GrantStatus::BadDomain)?;
-        if domain.generation != generation {
-            return Err(GrantStatus::BadDomain);
-        }
-        let memory = domain.memory.as_ref().ok_or(GrantStatus::BadGrantRef)?;
-        let active = domain.active.get(&gref.0);
-        if let Some(active) = active {
-            let pins = if access == GrantAccess::ReadWrite { active.writers } else { active.readers };
-            if active.by != us || pins >= PINS_MAX {
-                return Err(GrantStatus::GeneralError);
+        room: usize,
+    ) -> Result<Vec<u32>, (u32, GrantStatus)> {
+        let mut frames = Vec::with_capacity(refs.len());
+        for &gref in refs {
+            let pinned =
+                if frames.len() < room { self.pin(us, GrantRef(gref), access) } else { Err(GrantStatus::NoSpace) };
+            match pinned {
+                Ok(frame) => frames.push(frame),
+                Err(status) => {
+                    self.unpin_all(&refs[..frames.len()], access);
+                    return Err((gref, status));
+                }
             }
         }
+        Ok(frames)
+    }
+
+    fn pin(&mut self, us: DomId, gref: GrantRef, access: GrantAccess) -> Result<u32, GrantStatus> {
+        let memory = self.memory.as_ref().ok_or(GrantStatus::BadGrantRef)?;
+        // u32 to usize widens.
+        let index = gref.0 as usize;
+        let active = self.actives.by_ref.get(index).copied().unwrap_or(IDLE);
+        let pins = if access == GrantAccess::ReadWrite { active.writers } else { active.readers };
+        let is_mapped = active.readers + active.writers > 0;
+        if is_mapped && (active.by != us || pins >= PINS_MAX) {
+            return Err(GrantStatus::GeneralError);
+        }
         let entry = memory.table.pin(gref, us, access, memory.pages)?;
-        if active.is_some_and(|active| active.frame != entry.frame) {
+        if is_mapped && active.frame != entry.frame {
             // The guest swapped the page under a mapped grant. Xen would go on with the old page, whose grant the
             // entry no longer shows; here that is refused. The mark stays until the last unmap, as for any map.
             return Err(GrantStatus::GeneralError);
         }
-        let fresh = || Active { by: us, frame: entry.frame, readers: 0, writers: 0 };
-        let active = domain.active.entry(gref.0).or_insert_with(fresh);
+        if index >= self.actives.by_ref.len() {
+            // Inside the table, or the entry could not have been pinned.
+            self.actives.by_ref.resize(index + 1, IDLE);
+        }
+        let active = &mut self.actives.by_ref[index];
+        (active.by, active.frame) = (us, entry.frame);
         match access {
             GrantAccess::ReadOnly => active.readers += 1,
             GrantAccess::ReadWrite => active.writers += 1,
         }
-        domain.mapped += 1;
-        if let Some(us) = self.domains.get_mut(&us) {
-            us.maps_held += 1;
-        }
+        self.actives.maps += 1;
         Ok(entry.frame)
     }
 
-    fn unpin(&mut self, us: DomId, peer: DomId, gref: u32, access: GrantAccess) {
-        if let Some(us) = self.domains.get_mut(&us) {
-            us.maps_held -= 1;
-        }
-        let Some(domain) = self.domains.get_mut(&peer) else { return };
-        let Some(active) = domain.active.get_mut(&gref) else { return };
-        match access {
-            GrantAccess::ReadOnly => active.readers -= 1,
-            GrantAccess::ReadWrite => active.writers -= 1,
-        }
-        domain.mapped -= 1;
-        let mut marks = 0;
-        if active.writers == 0 {
-            marks |= WRITING;
-            if active.readers == 0 {
-                marks |= READING;
-                domain.active.remove(&gref);
+    /// Takes pins back that `pin` gave.
+    fn unpin_all(&mut self, refs: &[u32], access: GrantAccess) {
+        let Some(memory) = &self.memory else { return };
+        for &gref in refs {
+            let Some(active) = self.actives.by_ref.get_mut(gref as usize) else { continue };
+            match access {
+                GrantAccess::ReadOnly => active.readers -= 1,
+                GrantAccess::ReadWrite => active.writers -= 1,
             }
-        }
-        if let Some(memory) = &domain.memory {
+            self.actives.maps -= 1;
+            let marks = match (active.readers, active.writers) {
+                (0, 0) => READING | WRITING,
+                (_, 0) => WRITING,
+                _ => continue,
+            };
             memory.table.unpin(GrantRef(gref), marks);
         }
     }

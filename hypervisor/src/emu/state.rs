@@ -10,7 +10,7 @@ use super::board::{Board, DOMAINS};
 use super::call::{Answer, DomainInfo, Join, Refusal, Reply};
 use super::counters::{Slot, Slots, Tally};
 use super::entry::ENTRY_SIZE;
-use super::maptrack::{Active, Map};
+use super::maptrack::{Actives, Map};
 use super::memfd;
 use super::ports::Channels;
 use super::table::GrantTable;
@@ -69,13 +69,14 @@ pub(super) struct Domain {
     pub(super) generation: u32,
     pub(super) memory: Option<GuestMemory>,
     /// Grants of this domain that are mapped now.
-    pub(super) active: HashMap<u32, Active>,
-    /// How often, taken together.
-    pub(super) mapped: u32,
+    pub(super) actives: Actives,
     /// Grants of others that this domain has mapped.
     pub(super) maps_held: u32,
     pub(super) ports: BTreeMap<Port, (super::ports::ChannelId, super::wire::Side)>,
+    /// Destroyed: nobody finds it any more.
     pub(super) dying: bool,
+    /// Its home in XenStore is gone.
+    cleared: bool,
 }
 
 #[derive(Debug)]
@@ -149,11 +150,11 @@ impl State {
             name,
             generation,
             memory,
-            active: HashMap::new(),
-            mapped: 0,
+            actives: Actives::default(),
             maps_held: 0,
             ports: BTreeMap::new(),
             dying: false,
+            cleared: false,
         };
         self.domains.insert(domid, domain);
     }
@@ -311,19 +312,30 @@ impl State {
     }
 
     /// From here on nobody finds the domain any more. It stays as a zombie while its pages are mapped: those mappings
-    /// remain good memory, as on Xen.
+    /// remain good memory, as on Xen. And it keeps its id until XenStore has forgotten it, see `cleared`.
     fn bury(&mut self, domid: DomId) {
         self.board.set(domid, 0);
         if let Some(domain) = self.domains.get_mut(&domid) {
             domain.dying = true;
+        }
+    }
+
+    /// XenStore has forgotten a domain that was buried: its id may be used again, as far as that goes.
+    pub(super) fn cleared(&mut self, domid: DomId) {
+        if let Some(domain) = self.domains.get_mut(&domid).filter(|domain| domain.dying) {
+            domain.cleared = true;
         }
         self.reap(domid);
     }
 
     /// Forgets a zombie that nobody holds any more.
     pub(super) fn reap(&mut self, domid: DomId) {
-        if self.domains.get(&domid).is_some_and(|domain| domain.dying && domain.mapped == 0) {
-            self.domains.remove(&domid);
+        let done = |domain: &Domain| domain.dying && domain.cleared && domain.actives.maps == 0;
+        if !self.domains.get(&domid).is_some_and(done) {
+            return;
+        }
+        // Driver domains come back, and the channels that guests keep for them go on counting.
+        if let Some(Domain { kind: Kind::Guest, .. }) = self.domains.remove(&domid) {
             self.slots.retire(&self.tally, domid);
         }
     }
@@ -342,7 +354,7 @@ impl State {
                 name: domain.name.clone(),
                 memory_pages: domain.memory.as_ref().map_or(0, |memory| memory.pages),
                 grants: domain.memory.as_ref().map_or(0, |memory| memory.table.in_use()),
-                mapped: domain.mapped,
+                mapped: domain.actives.maps,
                 maps_held: domain.maps_held,
                 ports: u32::try_from(domain.ports.len()).unwrap_or(u32::MAX),
                 seats: u32::try_from(seats(domid)).unwrap_or(u32::MAX),

@@ -7,6 +7,7 @@ mod death;
 mod events;
 mod granting;
 mod mapping;
+mod model;
 mod processes;
 mod rig;
 mod store;

@@ -44,7 +44,9 @@ fn every_bad_reference_is_refused_and_nothing_stays_mapped() {
         for (bad, access, expected) in cases {
             for refs in [vec![bad], vec![good[0], bad, good[1]], vec![good[0], good[1], bad]] {
                 let said = rig.dom0.map(guest.domid(), &refs, access).unwrap_err();
-                let hypervisor::Error::Grant { operation: "map", domain, gref, status } = said else { panic!("{said}") };
+                let hypervisor::Error::Grant { operation: "map", domain, gref, status } = said else {
+                    panic!("{said}")
+                };
                 assert_eq!((domain, gref, status), (guest.domid(), bad, expected), "{refs:?} {access:?}");
             }
         }
@@ -63,7 +65,8 @@ fn every_bad_reference_is_refused_and_nothing_stays_mapped() {
 fn nobody_maps_of_a_domain_that_is_not_there_or_grants_nothing() {
     everywhere(|rig| {
         let _driver = rig.driver(9).unwrap();
-        for (peer, expected) in [(3, S::BadDomain), (0x7ff0, S::BadDomain), (0xffff, S::BadDomain), (9, S::BadGrantRef)] {
+        for (peer, expected) in [(3, S::BadDomain), (0x7ff0, S::BadDomain), (0xffff, S::BadDomain), (9, S::BadGrantRef)]
+        {
             assert_eq!(status(rig.dom0.map(DomId(peer), &[GrantRef(8)], ReadOnly)), expected, "{peer}");
         }
         assert_eq!(status(rig.dom0.map(DOM0, &[GrantRef(8)], ReadOnly)), S::BadGrantRef);
@@ -146,8 +149,7 @@ fn quotas_hold() {
         let guest = rig.guest();
         let gref = guest.grant(1, DOM0, ReadWrite).unwrap();
         // One grant is mapped 128 times at most, for reading and for writing each.
-        let many: Vec<_> =
-            (0..128).map(|_| rig.dom0.map(guest.domid(), &[gref], ReadOnly).unwrap()).collect();
+        let many: Vec<_> = (0..128).map(|_| rig.dom0.map(guest.domid(), &[gref], ReadOnly).unwrap()).collect();
         assert_eq!(status(rig.dom0.map(guest.domid(), &[gref], ReadOnly)), S::GeneralError);
         rig.dom0.map(guest.domid(), &[gref], ReadWrite).unwrap();
         // And a domain holds 300 maps here.

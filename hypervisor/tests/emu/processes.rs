@@ -154,7 +154,9 @@ fn a_guest_in_another_process_is_mapped_copied_and_kicked() {
         counters.notifications + counters.notifications_suppressed == 2 * u64::from(ROUNDS)
     });
     actor.end();
-    eventually("the guest's death", || rig.dom0.domains().unwrap().iter().all(|domain| domain.domid != peer || domain.zombie));
+    eventually("the guest's death", || {
+        rig.dom0.domains().unwrap().iter().all(|domain| domain.domid != peer || domain.zombie)
+    });
     drop(mapping);
     assert_eq!(rig.dom0.domains().unwrap().len(), 1);
 }
@@ -199,7 +201,11 @@ fn a_backend_that_is_killed_gives_back_its_maps_and_ports() {
         let (still_shared, error) = guest.unshare(shared).unwrap_err();
         assert!(error.to_string().contains("still mapped"), "{error}");
         shared = still_shared;
-        if round < 2 { actor.kill() } else { actor.end() }
+        if round < 2 {
+            actor.kill();
+        } else {
+            actor.end();
+        }
         eventually("the backend's end", || rig.dom0.domains().unwrap()[0].maps_held == 0);
         assert_eq!(rig.dom0.domains().unwrap()[0].ports, 0);
     }

@@ -18,7 +18,8 @@ fn each_seat_speaks_as_its_domain() {
         assert_eq!(dom0.read_str("/local/domain/0/name").unwrap(), "Domain-0");
         assert_eq!(dom0.read_str(&format!("{home}/name")).unwrap(), "guest-1");
         front.write("data/mine", "1").unwrap();
-        for (client, path) in [(&front, "name"), (&front, "/local/domain/0/x"), (&back, &*format!("{home}/data/mine"))] {
+        for (client, path) in [(&front, "name"), (&front, "/local/domain/0/x"), (&back, &*format!("{home}/data/mine"))]
+        {
             let refused = client.write(path, "no").unwrap_err();
             assert_eq!(refused.code(), Some(&ErrorCode::Access), "{path}");
         }

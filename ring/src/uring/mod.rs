@@ -183,8 +183,7 @@ impl<T> Uring<T> {
             }
             const GETEVENTS: u32 = 1;
             // SAFETY: no argument is passed; the entries counted by `prepared` are valid, see try_queue.
-            let entered =
-                unsafe { self.ring.submitter().enter::<()>(prepared as u32, 0, GETEVENTS, None) };
+            let entered = unsafe { self.ring.submitter().enter::<()>(prepared as u32, 0, GETEVENTS, None) };
             match entered {
                 Ok(_) if self.waiting.is_empty() => return Ok(()),
                 Ok(_) => {}
@@ -239,7 +238,12 @@ impl<T> Uring<T> {
                 error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
                 moved => Ok(moved as u32),
             };
-            return Some(Completion { token: flight.token, operation: flight.operation, memory: flight.memory, result });
+            return Some(Completion {
+                token: flight.token,
+                operation: flight.operation,
+                memory: flight.memory,
+                result,
+            });
         }
     }
 

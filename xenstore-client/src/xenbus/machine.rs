@@ -375,6 +375,10 @@ impl Machine {
             Front::Gone | Front::At(State::Unknown | State::Initialising | State::InitWait | State::Closed)
         );
         if self.rings == Rings::None && (let_go || !self.online || self.stopping) {
+            // Whoever sees our 6 may hand the medium to the next guest at once, so it is let go of before.
+            if !self.online || self.stopping {
+                self.release(out);
+            }
             self.set(State::Closed, out);
             return true;
         }

@@ -354,7 +354,7 @@ fn stories() {
             "detach",
             (
                 with(attached(), &[front(Connected), remove.clone(), front(Closed), Input::Disconnected]),
-                "features 2 open connect drain 6 release",
+                "features 2 open connect drain release 6",
             ),
         ),
         (
@@ -363,13 +363,13 @@ fn stories() {
         ),
         (
             "detach before connect",
-            (with(start(), &[Input::Hotplug(true), Input::Opened, remove.clone()]), "features 2 open 6 release"),
+            (with(start(), &[Input::Hotplug(true), Input::Opened, remove.clone()]), "features 2 open release 6"),
         ),
         (
             "detach when closed",
             (
                 with(attached(), &[front(Closed), Input::Disconnected, remove]),
-                "features 2 open connect 5 drain 6 6 release",
+                "features 2 open connect 5 drain 6 release 6",
             ),
         ),
         (
@@ -413,7 +413,7 @@ fn stories() {
         ),
         (
             "stop",
-            (with(attached(), &[Input::Stop, Input::Disconnected]), "features 2 open connect error 5 drain 6 release"),
+            (with(attached(), &[Input::Stop, Input::Disconnected]), "features 2 open connect error 5 drain release 6"),
         ),
         (
             "stop while waiting",
