@@ -247,7 +247,7 @@ struct Subject {
 /// # Errors
 /// A sentence for whoever typed the command.
 pub fn run(arguments: &Arguments) -> Result<Report, Failure> {
-    if arguments.bs % 512 != 0 || arguments.bs > 1 << 20 {
+    if !arguments.bs.is_multiple_of(512) || arguments.bs > 1 << 20 {
         return Err(format!("--bs {} is not a multiple of 512 up to 1 MiB", arguments.bs).into());
     }
     if !(0.1..=3600.0).contains(&arguments.seconds) {

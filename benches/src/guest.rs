@@ -96,7 +96,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     println!(
         "domain {domid} ({}) with {} MiB waits for its disk {}",
         arguments.name,
-        memory_pages as usize * PAGE_SIZE >> 20,
+        (memory_pages as usize * PAGE_SIZE) >> 20,
         arguments.vdev.name()
     );
     let device = format!("{}/device/vbd/{}", domid.home(), arguments.vdev.number());

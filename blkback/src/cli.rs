@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use hypervisor::{Backend, DomId, Machine};
+use nix::sys::signal::{SigSet, Signal};
 use xenstore_client::xenbus::driver::{Driver, StopHandle};
 
 use crate::device::{Config, VbdKind};
@@ -112,7 +113,12 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         cli.hypervisor.ok_or("say which machine: --hypervisor emu:DIR, where emu-xen serve --dir DIR runs")?;
     let join = || machine.join_backend(cli.backend_domid);
     match cli.command {
-        Command::Serve(serve) => run_server(join()?, serve),
+        Command::Serve(serve) => {
+            log_to_stderr();
+            // Before the first thread starts, so that all inherit the block and only one waits.
+            let signals = block_signals()?;
+            run_server(join()?, serve, signals)
+        }
         Command::Attach { domain, disk, wait } => {
             let words: Vec<&str> = disk.iter().map(String::as_str).collect();
             let spec = spec::parse_xm_args(&words)?;
@@ -152,13 +158,16 @@ fn execute(cli: Cli) -> Result<(), Failure> {
     }
 }
 
-fn run_server(xen: Arc<dyn Backend>, serve: Serve) -> Result<(), Failure> {
+fn log_to_stderr() {
+    use std::io::IsTerminal;
+
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .try_init()
-        .map_err(|e| e.to_string())?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Whoever carries this program along may have a log already, which is then used.
+    let _ = log.with_ansi(std::io::stderr().is_terminal()).try_init();
+}
+
+fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: SigSet) -> Result<(), Failure> {
     let mut limits = Limits {
         ring_page_order: serve.ring_order,
         indirect_segments: serve.indirect,
@@ -169,7 +178,7 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve) -> Result<(), Failure> {
     let domid = xen.domid();
     let store = xen.store()?;
     let stop = StopHandle::new()?;
-    stop_on_signals(&stop)?;
+    stop_on(signals, &stop)?;
     let kind = VbdKind::new(xen, Config { limits, cpus: serve.cpus });
     let mut driver = Driver::new(store, domid, kind)?;
     println!("blkback: serving /local/domain/{domid}/backend/vbd");
@@ -177,14 +186,15 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve) -> Result<(), Failure> {
     Ok(())
 }
 
-/// SIGTERM and SIGINT end the service in order. They are blocked in every thread and waited for in one.
-fn stop_on_signals(stop: &StopHandle) -> Result<(), Failure> {
-    use nix::sys::signal::{SigSet, Signal};
-
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
+/// Blocks SIGTERM and SIGINT, which end the service in order.
+fn block_signals() -> Result<SigSet, Failure> {
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block()?;
+    Ok(signals)
+}
+
+/// Stops the service when one of the blocked signals comes.
+fn stop_on(signals: SigSet, stop: &StopHandle) -> Result<(), Failure> {
     let stop = stop.clone();
     std::thread::Builder::new().name("signals".into()).spawn(move || match signals.wait() {
         Ok(signal) => {

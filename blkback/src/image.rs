@@ -137,7 +137,7 @@ impl Image {
         if metadata.file_type().is_block_device() {
             image.learn_device(metadata.rdev())?;
         } else {
-            image.learn_file(metadata.blksize(), writable);
+            image.learn_file(metadata.blksize(), bytes, writable);
         }
         image.direct = image.try_direct();
         if !image.direct {
@@ -155,11 +155,12 @@ impl Image {
         Ok(())
     }
 
-    fn learn_file(&mut self, block: u64, writable: bool) {
+    fn learn_file(&mut self, block: u64, bytes: u64, writable: bool) {
         let block = u32::try_from(block).unwrap_or(4096).clamp(512, 4096);
         self.physical_sector_size = block;
-        // Freeing what lies past the end changes nothing, and shows whether the file system knows how.
-        let past = self.sectors.saturating_mul(SECTOR).next_multiple_of(4096);
+        // Freeing what lies past the end changes nothing, and shows whether the file system knows how. Past the end of
+        // the file: the disk's may come before it, and what lies between is not ours to free.
+        let past = bytes.next_multiple_of(4096);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         self.discard = writable && rustix::fs::fallocate(&self.file, flags, past, 4096).is_ok();
         self.discard_granularity = block;

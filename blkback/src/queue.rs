@@ -436,9 +436,9 @@ impl<S: Storage> Queue<S> {
                 let (doing, len) = (queue.flights[token as usize].doing, queue.flights[token as usize].len);
                 let Some(due) = queue.land(token, IoList::default()) else { return };
                 if okay {
-                    queue.succeed(doing, len, due, progress)
+                    queue.succeed(doing, len, due, progress);
                 } else {
-                    queue.refuse(due, Refusal::Grant, progress)
+                    queue.refuse(due, Refusal::Grant, progress);
                 }
             });
         }

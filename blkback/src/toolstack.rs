@@ -181,7 +181,7 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
     }
     match toolstack::remove_device(store, &device, toolstack::DESTROY_TIMEOUT, force, || Ok(())) {
         Ok(()) => Ok(()),
-        Err(error) if matches!(error, xenstore_client::Error::Timeout { .. }) => refused(format!(
+        Err(xenstore_client::Error::Timeout { .. }) => refused(format!(
             "the guest did not let go of {} within {} s (mounted there?); --force takes it away",
             vdev.name(),
             toolstack::DESTROY_TIMEOUT.as_secs()
@@ -197,7 +197,7 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
 pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
     use std::fmt::Write as _;
 
-    let mut text = String::from("Vdev  BE  handle state  evt-ch ring-ref BE-path\n");
+    let mut text = String::from("Vdev  BE  handle state evt-ch ring-ref BE-path\n");
     let devices = format!("{}/device/vbd", frontend.home());
     let mut numbers: Vec<u32> =
         store.directory_opt(&devices)?.unwrap_or_default().iter().filter_map(|name| name.parse().ok()).collect();

@@ -1,5 +1,7 @@
 //! Disks served from end to end: XenStore, ring, grants, event channel and io_uring, in one process.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::os::unix::fs::MetadataExt;

@@ -1,6 +1,8 @@
 //! The notification race, in every order a weak memory allows: loom runs both halves of the ring against each other
 //! and finds a schedule, if there is one, in which a side sleeps although there is work for it.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use loom::sync::Notify;
 use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use loom::thread;

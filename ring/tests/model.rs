@@ -1,5 +1,7 @@
 //! Both halves of a ring against the simplest model there is, with indices that start anywhere, above all near 2^32.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::VecDeque;
 
 use hypervisor::PAGE_SIZE;

@@ -1,5 +1,7 @@
 //! A disk from the administrator's command line to the file, with real programs as the guest's applications.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::path::Path;
 use std::process::Command;
 

@@ -58,9 +58,7 @@ pub(super) const PREFIXES: [Prefix; 19] = [
     prefix("drbd:", Meaning::Script("block-drbd"), "write script=block-drbd"),
     prefix(
         "vmdk:",
-        Meaning::Gone(
-            "serve it with `qemu-nbd -f vmdk -k /run/NAME.sock IMAGE` and give target=nbd:unix:/run/NAME.sock",
-        ),
+        Meaning::Gone("make it a block device with `qemu-nbd -f vmdk -c /dev/nbd0 IMAGE` and attach phy:/dev/nbd0"),
         "",
     ),
     prefix("ram:", Meaning::Gone("put a raw image on a tmpfs, or load brd and give /dev/ram0"), ""),

@@ -131,11 +131,9 @@ impl DiskSpec {
         }
         let (name, image) = (self.format.word(), self.target.as_deref().unwrap_or("IMAGE"));
         Some(format!(
-            "this backend reads raw images only, not {name}: serve the image with \
-             `qemu-nbd --persistent --format={qemu_name} --socket=/run/{vdev}.sock {image}` and give \
-             target=nbd:unix:/run/{vdev}.sock with format=raw, or turn it into a raw one with \
-             `qemu-img convert -f {qemu_name} -O raw {image} {image}.raw`",
-            vdev = self.vdev,
+            "this backend reads raw images only, not {name}: make it a block device with \
+             `qemu-nbd --persistent --format={qemu_name} --connect=/dev/nbd0 {image}` and attach phy:/dev/nbd0, or turn \
+             it into a raw image with `qemu-img convert -f {qemu_name} -O raw {image} {image}.raw`",
         ))
     }
 }

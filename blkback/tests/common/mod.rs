@@ -1,6 +1,6 @@
 //! A whole machine in one process: blkback serving on a thread, and guests that the tests play.
 
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+#![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "each test file uses a part")]
 
 pub mod scene;
 

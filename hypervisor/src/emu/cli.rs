@@ -69,10 +69,20 @@ pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
+fn log_to_stderr() {
+    use std::io::IsTerminal;
+
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // Whoever carries this program along may have a log already, which is then used.
+    let _ = log.with_ansi(io::stderr().is_terminal()).try_init();
+}
+
 fn serve(dir: &std::path::Path, memory_pages: u32) -> Result<()> {
     // Blocked before the first thread starts, so that all inherit it and only `wait` below sees the signals.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block().map_err(|errno| Error::io("blocking signals", errno))?;
+    log_to_stderr();
     raise_descriptor_limit();
     let defaults = Limits::default();
     let limits = Limits { memory_pages, memory_pages_max: defaults.memory_pages_max.max(memory_pages), ..defaults };

@@ -58,7 +58,7 @@ fn what_is_written_is_read_back() {
 
 #[test]
 fn an_operation_keeps_its_memory_and_drop_waits() {
-    let (mut reader, _writer) = std::io::pipe().unwrap();
+    let (mut reader, _writer) = io::pipe().unwrap();
     let memory = Rc::new(Mapping::anonymous(4096).unwrap());
     let mut ring = Uring::new(4, &[reader.as_fd()]).unwrap();
     ring.push(FileSlot(0), Operation::Poll, IoList::default(), 0);

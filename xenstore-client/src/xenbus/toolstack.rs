@@ -83,7 +83,8 @@ pub fn add_device(
 }
 
 /// Waits until the `state` node at `path` reads one of `wanted`, by a watch. A node that does not exist counts as
-/// [`State::Closed`], text that is no state as [`State::Unknown`].
+/// [`State::Closed`], and so does one that may no longer be read, which is how a guest sees that its device's other half
+/// was removed; text that is no state as [`State::Unknown`].
 ///
 /// # Errors
 /// [`Error::Timeout`] which says what the state was instead.
@@ -92,9 +93,11 @@ pub fn wait_state(client: &Client, path: &str, wanted: &[State], timeout: Durati
     watcher.add(path, "wait")?;
     let start = Instant::now();
     loop {
-        let state = match client.read_opt(path)? {
-            None => State::Closed,
-            Some(text) => State::parse(&text).unwrap_or(State::Unknown),
+        let state = match client.read_opt(path) {
+            Ok(None) => State::Closed,
+            Ok(Some(text)) => State::parse(&text).unwrap_or(State::Unknown),
+            Err(error) if error.code() == Some(&ErrorCode::Access) => State::Closed,
+            Err(error) => return Err(error),
         };
         if wanted.contains(&state) {
             return Ok(state);
