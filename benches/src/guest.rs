@@ -86,7 +86,9 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A sentence for whoever typed the command.
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(std::io::stderr).try_init()?;
-    let Machine::Emulated(dir) = &arguments.hypervisor;
+    let Machine::Emulated(dir) = &arguments.hypervisor else {
+        return Err("an emulated guest lives on an emulated machine: --hypervisor emu:DIR".into());
+    };
     let stop = stop_on_signals()?;
     let memory_pages = ((POOL_PAGES + 512 + 16) * arguments.queues as usize + 64) as u32;
     let options = GuestOptions { name: arguments.name.clone(), memory_pages, ..GuestOptions::default() };

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use nix::sys::signal::{SigSet, Signal};
 use xenstore_client::xenbus::driver::{Driver, StopHandle};
 
 use crate::device::{Config, VbdKind};
+use crate::hotplug;
 use crate::negotiate::Limits;
 use crate::spec;
 use crate::toolstack::{self, Attached};
@@ -20,10 +22,10 @@ use crate::vdev::Vdev;
 #[derive(Debug, Parser)]
 #[command(name = "blkback", version, about, max_term_width = 100)]
 struct Cli {
-    /// The machine to work on: emu:DIR, where `emu-xen serve --dir DIR` runs
+    /// The machine to work on: xen, or emu:DIR where `emu-xen serve --dir DIR` runs (default: xen, in a domain of it)
     #[arg(long, global = true, value_name = "MACHINE")]
     hypervisor: Option<Machine>,
-    /// The domain the backend runs in: 0, or a driver domain
+    /// The domain the backend runs in on an emulated machine: 0, or a driver domain
     #[arg(long, global = true, default_value_t = DomId(0), value_name = "DOMID")]
     backend_domid: DomId,
     #[command(subcommand)]
@@ -60,6 +62,11 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Be libxl's hotplug program for the disk in $XENBUS_PATH (what a link named "block" does)
+    Hotplug {
+        /// What happened
+        event: hotplug::Event,
+    },
     /// Show the disks of domains
     List {
         /// The domains, by number or name
@@ -87,8 +94,15 @@ struct Serve {
     no_persistent: bool,
 }
 
+/// Under this name the program is Xen's hotplug script for disks: /etc/xen/scripts/block is a link to it.
+const HOTPLUG_NAME: &str = "block";
+
 /// Runs the program with these arguments, the first being its name.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    if args.first().is_some_and(|name| Path::new(name).file_name() == Some(HOTPLUG_NAME.as_ref())) {
+        args.insert(1, "hotplug".into());
+    }
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -109,8 +123,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 type Failure = Box<dyn std::error::Error>;
 
 fn execute(cli: Cli) -> Result<(), Failure> {
-    let machine =
-        cli.hypervisor.ok_or("say which machine: --hypervisor emu:DIR, where emu-xen serve --dir DIR runs")?;
+    let machine = cli.hypervisor.or_else(Machine::find).ok_or(
+        "this is no domain of Xen (no /dev/xen here): name an emulated machine with --hypervisor emu:DIR, \
+         where emu-xen serve --dir DIR runs",
+    )?;
     let join = || machine.join_backend(cli.backend_domid);
     match cli.command {
         Command::Serve(serve) => {
@@ -129,7 +145,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             }
             let frontend = toolstack::find_domain(&store, &domain)?;
             let wait = Duration::try_from_secs_f32(wait)?;
-            let attached = toolstack::attach(&store, cli.backend_domid, frontend, &spec, wait)?;
+            let attached = toolstack::attach(&store, xen.domid(), frontend, &spec, wait)?;
             let (name, number) = (spec.vdev.name(), spec.vdev.number());
             match attached {
                 Attached::Connected => println!("{name} ({number}) of domain {frontend} is connected"),
@@ -144,12 +160,16 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             let xen = join()?;
             let store = xen.store()?;
             let frontend = toolstack::find_domain(&store, &domain)?;
-            toolstack::detach(&store, cli.backend_domid, frontend, vdev, force)?;
+            toolstack::detach(&store, xen.domid(), frontend, vdev, force)?;
             println!("{} of domain {frontend} is detached", vdev.name());
             Ok(())
         }
+        Command::Hotplug { event } => {
+            let path = std::env::var("XENBUS_PATH").map_err(|_| "XENBUS_PATH is not set: this is for libxl to run")?;
+            Ok(hotplug::run(&machine.store()?, &path, event)?)
+        }
         Command::List { domains } => {
-            let store = join()?.store()?;
+            let store = machine.store()?;
             for domain in domains {
                 print!("{}", toolstack::list(&store, toolstack::find_domain(&store, &domain)?)?);
             }

@@ -1,12 +1,13 @@
 //! A virtual block device: what the xenbus driver asks of it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hypervisor::Backend;
 use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 
 use crate::counters::Counters;
+use crate::hotplug;
 use crate::image::{Image, ImageError, Problem};
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS, Limits};
 use crate::queue::Health;
@@ -99,19 +100,11 @@ pub struct Vbd {
 
 /// Where the toolstack and the hotplug program say the disk is.
 fn target(backend: &Keys) -> Result<PathBuf, Fault> {
-    let params = backend.get("params").map(|params| params.strip_prefix("aio:").unwrap_or(params));
-    let path = backend.get("physical-device-path").or(params).filter(|path| !path.is_empty());
-    let path =
-        path.ok_or_else(|| backend.fault(libc::ENOENT, "neither physical-device-path nor params name a disk"))?;
-    Ok(Path::new(path).to_owned())
-}
-
-/// What the key `mode` allows. The exclamation mark is xend's way to say that a disk is knowingly shared.
-fn access(mode: &str) -> Access {
-    match (mode.contains('w'), mode.contains('!')) {
-        (_, true) => Access::SharedWrite,
-        (true, false) => Access::Write,
-        (false, false) => Access::ReadOnly,
+    let named = |key| backend.get(key).filter(|value: &&str| !value.is_empty());
+    match (named("physical-device-path"), named("params")) {
+        (Some(path), _) => Ok(path.into()),
+        (None, Some(params)) => Ok(hotplug::path(params)),
+        (None, None) => Err(backend.fault(libc::ENOENT, "neither physical-device-path nor params name a disk")),
     }
 }
 
@@ -198,7 +191,7 @@ impl Device for Vbd {
 
     fn open(&mut self, backend: &Keys) -> Result<(), Fault> {
         let cdrom = backend.get("device-type") == Some("cdrom");
-        let access = if cdrom { Access::ReadOnly } else { access(backend.require("mode")?) };
+        let access = if cdrom { Access::ReadOnly } else { hotplug::access(backend.require("mode")?) };
         let image = Image::open(&target(backend)?, access).map_err(|error| image_fault(&error))?;
         let read_only = access == Access::ReadOnly;
         let discard = image.discard && !read_only && backend.get("discard-enable") != Some("0");
@@ -268,21 +261,9 @@ impl Device for Vbd {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::path::Path;
 
-    #[test]
-    fn the_mode_key() {
-        let cases = [
-            ("r", Access::ReadOnly),
-            ("w", Access::Write),
-            ("rw", Access::Write),
-            ("w!", Access::SharedWrite),
-            ("!", Access::SharedWrite),
-        ];
-        for (mode, expected) in cases {
-            assert_eq!(access(mode), expected, "{mode}");
-        }
-    }
+    use super::*;
 
     #[test]
     fn where_the_disk_is() {

@@ -3,7 +3,8 @@
 //! From the wire upwards: [`abi`] knows the bytes, [`request`] what they ask for, [`negotiate`] what both sides agree
 //! on; [`image`] opens a disk, [`lock`] claims it, [`storage`] runs its I/O; [`grants`] gets at the guest's pages;
 //! [`queue`] brings all of that together for one ring, [`worker`] gives it a thread, [`device`] a life. [`spec`] and
-//! [`vdev`] read what administrators type, [`toolstack`] does what `xl` would, [`cli`] is the program.
+//! [`vdev`] read what administrators type, [`toolstack`] does what `xl` would, [`hotplug`]
+//! is the program that `xl` runs for a disk, [`cli`] is the program.
 
 #![forbid(unsafe_code)]
 
@@ -14,8 +15,10 @@ pub mod device;
 #[cfg(feature = "frontend")]
 pub mod front;
 pub mod grants;
+pub mod hotplug;
 pub mod image;
 pub mod lock;
+pub mod log_gate;
 pub mod negotiate;
 pub mod patience;
 pub mod queue;

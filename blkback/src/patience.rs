@@ -15,6 +15,10 @@ const FIRST: u32 = 16;
 const SHORTEST: u32 = 4;
 /// Most short sleeps in a row that are asked for before looking is tried again.
 const MOST_DOUBT: u32 = 4096;
+/// Events in a row that may mean nothing. An honest guest's sometimes come late, after its request was found.
+const IDLE_EVENTS: u32 = 16;
+/// The longest time, as a power of two of milliseconds, that an event channel stays masked for them.
+const LONGEST_HOLD: u32 = 6;
 
 /// What a queue has learnt about its guest.
 #[derive(Debug)]
@@ -25,15 +29,37 @@ pub struct Patience {
     short_sleeps: u32,
     /// Short sleeps in a row after which looking is tried again. Doubles each time the trial fails.
     doubt: u32,
+    /// Events in a row for which there was nothing to do.
+    idle_events: u32,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { look: FIRST, short_sleeps: 0, doubt: 8 }
+        Self { look: FIRST, short_sleeps: 0, doubt: 8, idle_events: 0 }
     }
 }
 
 impl Patience {
+    /// How long to leave the event channel masked before the next sleep: a guest that rings again and again for nothing
+    /// (XSA-332) would otherwise keep a processor of ours busy. The kernel's backends do the same to such guests.
+    pub fn hold(&self) -> Duration {
+        match self.idle_events.checked_sub(IDLE_EVENTS) {
+            None => Duration::ZERO,
+            Some(more) => Duration::from_millis(1 << more.min(LONGEST_HOLD)),
+        }
+    }
+
+    /// An event came.
+    pub fn rang(&mut self) {
+        self.idle_events = self.idle_events.saturating_add(1);
+    }
+
+    /// The guest made a request.
+    #[inline]
+    pub fn asked(&mut self) {
+        self.idle_events = 0;
+    }
+
     /// How long to look now.
     pub fn look(&self) -> Duration {
         Duration::from_micros(self.look.into())
@@ -98,6 +124,21 @@ mod tests {
             patience.slept(SHORT);
         }
         assert!(looks < 200, "{looks} looks in 100000 rounds");
+    }
+
+    #[test]
+    fn a_guest_that_rings_for_nothing_waits_longer_and_longer() {
+        let mut patience = Patience::default();
+        let mut holds = Vec::new();
+        for _ in 0..40 {
+            patience.rang();
+            holds.push(patience.hold().as_millis());
+        }
+        assert_eq!(holds[..15], [0; 15]);
+        assert_eq!(holds[15..22], [1, 2, 4, 8, 16, 32, 64]);
+        assert!(holds[22..].iter().all(|&hold| hold == 64));
+        patience.asked();
+        assert_eq!(patience.hold(), Duration::ZERO);
     }
 
     #[test]

@@ -24,6 +24,7 @@ use ring::{BackRing, Overflow};
 use crate::abi::{DIRECT_SEGMENTS, Protocol, Response, SECTOR, SEGMENT_SIZE, SEGMENTS_PER_PAGE, Segment, Slot, Status};
 use crate::counters::Counters;
 use crate::grants::Grants;
+use crate::log_gate::LogGate;
 use crate::request::{self, Refusal, Shape, Transfer, Work};
 use crate::storage::{Done, Storage};
 
@@ -191,6 +192,7 @@ pub struct Queue<S> {
     segments: Vec<Segment>,
     /// Lists to be used again.
     lists: Vec<IoList>,
+    log: LogGate,
 }
 
 impl<S: Storage> Queue<S> {
@@ -215,6 +217,7 @@ impl<S: Storage> Queue<S> {
             batched: Vec::with_capacity(entries as usize),
             segments: Vec::with_capacity(most),
             lists: (0..entries).map(|_| IoList::with_capacity(DIRECT_SEGMENTS)).collect(),
+            log: LogGate::default(),
         }
     }
 
@@ -512,7 +515,10 @@ impl<S: Storage> Queue<S> {
                 self.answer(due, Status::NotSupported, progress);
             }
             _ => {
-                tracing::warn!(%error, offset, ?doing, "request failed");
+                // A guest can go on asking for what the disk cannot give; the counters have the rest.
+                if let Some(unsaid) = self.log.admit() {
+                    tracing::warn!(%error, offset, ?doing, unsaid, "request failed");
+                }
                 self.answer(due, Status::Error, progress);
             }
         }

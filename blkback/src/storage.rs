@@ -49,6 +49,8 @@ pub struct UringStorage {
     rung: u32,
     /// Which wakers are being waited for.
     armed: u32,
+    /// Which wakers are not to be waited for any more.
+    ignored: u32,
     wakers: u32,
     continued: u32,
 }
@@ -66,7 +68,7 @@ impl UringStorage {
         assert!(wakers.len() <= 8);
         let files: Vec<_> = std::iter::once(image).chain(wakers.iter().copied()).collect();
         let ring = Uring::new(capacity + wakers.len() as u32, &files)?;
-        Ok(Self { ring, rung: 0, armed: 0, wakers: wakers.len() as u32, continued: 0 })
+        Ok(Self { ring, rung: 0, armed: 0, ignored: 0, wakers: wakers.len() as u32, continued: 0 })
     }
 
     /// Sleeps until an operation has finished, a waker rings, or `timeout` is over.
@@ -75,12 +77,17 @@ impl UringStorage {
     /// When the kernel refuses to wait.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         for waker in 0..self.wakers {
-            if self.armed & (1 << waker) == 0 {
+            if (self.armed | self.ignored) & (1 << waker) == 0 {
                 self.armed |= 1 << waker;
                 self.ring.push(FileSlot(1 + waker), Operation::Poll, IoList::default(), WAKER + waker);
             }
         }
         self.ring.wait(timeout)
+    }
+
+    /// From now on waker `index` wakes nobody, or once more if it is being waited for.
+    pub fn ignore(&mut self, index: u32) {
+        self.ignored |= 1 << index;
     }
 
     /// Whether waker `index` rang since this was last asked.
@@ -203,6 +210,9 @@ mod tests {
         storage.wait(None).unwrap();
         assert!(storage.next().is_none());
         assert!(storage.take_rung(0) && !storage.take_rung(0));
+        storage.ignore(0);
+        storage.wait(Some(Duration::from_millis(1))).unwrap();
+        assert!(storage.next().is_none() && !storage.take_rung(0), "it is still readable, and nobody cares");
         storage.flush(3);
         assert_eq!(done(&mut storage).token, 3);
     }

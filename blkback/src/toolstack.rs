@@ -68,6 +68,11 @@ pub fn attach(
     spec: &DiskSpec,
     wait: Duration,
 ) -> Result<Attached, Error> {
+    if store.directory_opt(&frontend.home())?.is_none() {
+        // Its error says which domains there are.
+        find_domain(store, &frontend.to_string())?;
+        return refused(format!("no domain {frontend}, though one of that name"));
+    }
     let path = target(spec)?;
     // Looked at before anything is written: whoever types the command is to see what is wrong, not only the log.
     drop(Image::open(Path::new(&path), spec.access).map_err(|error| Error::Refused(error.to_string()))?);
@@ -179,6 +184,16 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
     if store.read_opt(&format!("{}/state", device.backend_path()))?.is_none() {
         return refused(format!("domain {frontend} has no disk {}", vdev.name()));
     }
+    // The backend is at 6 already where the guest has left by itself, and keeps the disk open for its return. Asked
+    // anew it lets go of the disk before it says 6 again: whoever detaches may use the image at once.
+    let (state, online) = (format!("{}/state", device.backend_path()), format!("{}/online", device.backend_path()));
+    store.transaction(|tx| match tx.read_opt(&state)?.as_deref().and_then(State::parse) {
+        Some(State::Closed) => {
+            tx.write(&online, "0")?;
+            tx.write(&state, &State::Closing.to_string())
+        }
+        _ => Ok(()),
+    })?;
     match toolstack::remove_device(store, &device, toolstack::DESTROY_TIMEOUT, force, || Ok(())) {
         Ok(()) => Ok(()),
         Err(xenstore_client::Error::Timeout { .. }) => refused(format!(

@@ -233,7 +233,11 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 self.queue.next_period();
                 period_began = Instant::now();
             }
-            if !self.queue.turn()?.is_idle() || self.look(&mut patience)? || self.queue.rearm()? {
+            let progress = self.queue.turn()?;
+            if progress.taken > 0 {
+                patience.asked();
+            }
+            if !progress.is_idle() || self.look(&mut patience)? || self.queue.rearm()? {
                 continue;
             }
             self.sleep(&mut patience)?;
@@ -271,26 +275,41 @@ impl<R: Fn(Report)> Drive<'_, R> {
     /// we are awake the guest's notifications cost nobody anything.
     fn sleep(&mut self, patience: &mut Patience) -> Result<(), Broken> {
         let channel_failed = |source| Broken::Host { what: "event channel", source };
+        let waiting_failed = |source| Broken::Host { what: "io_uring", source };
         self.counters.sleeps.add(1);
+        let hold = patience.hold();
+        if !hold.is_zero() {
+            self.queue.storage().wait(Some(hold)).map_err(waiting_failed)?;
+            if self.queue.has_work()? {
+                return Ok(());
+            }
+        }
         self.queue.channel().unmask().map_err(channel_failed)?;
         let began = Instant::now();
-        self.queue.storage().wait(Some(PERIOD)).map_err(|source| Broken::Host { what: "io_uring", source })?;
+        self.queue.storage().wait(Some(PERIOD)).map_err(waiting_failed)?;
         patience.slept(began.elapsed());
         // Finds out who rang; what the disk has finished is answered along the way.
         self.queue.drain()?;
         if self.queue.storage().take_rung(EVENT) {
             self.queue.channel().take().map_err(channel_failed)?;
+            patience.rang();
         }
         Ok(())
     }
 
     /// Finishes what is in flight, and waits until told to stop.
     fn drain(&mut self) -> Result<(), Broken> {
+        // Nobody takes the guest's events any more, nor, once we are stopped, the control thread's: a descriptor that
+        // stays readable would have us spin until a slow disk is done.
+        self.queue.storage().ignore(EVENT);
         while self.queue.in_flight() > 0 || !self.stopped() {
             match self.queue.drain() {
                 // Said once already; the rest must still come back before memory may go.
                 Ok(_) | Err(Broken::Flush(_)) => {}
                 Err(broken) => return Err(broken),
+            }
+            if self.stopped() {
+                self.queue.storage().ignore(CONTROL);
             }
             if self.queue.in_flight() > 0 || !self.stopped() {
                 self.queue.storage().wait(Some(PERIOD)).map_err(|source| Broken::Host { what: "io_uring", source })?;

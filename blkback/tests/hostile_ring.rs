@@ -18,6 +18,8 @@
 //!
 //! Advisories: 155, 216, 332, 361, 362, 365, 371, 391, 396 by name; 349 and 350 are in hostile_store.rs.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::os::unix::fs::FileExt;
@@ -25,10 +27,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use blkback::abi::{Protocol, Segment, Slot, op};
 use blkback::front::{Options, Queue};
-use common::scene::{DISK, SECTORS, Scene, answers, ask, direct, whole, works};
+use common::scene::{DISK, SECTORS, Scene, answers, ask, direct, during, whole, works};
 use common::{Disk, until};
 use hypervisor::emu::{GuestSeat, READONLY, RawEntry};
-use hypervisor::memory::Mapping;
 use hypervisor::{DomId, GrantAccess, GrantRef, PAGE_SIZE};
 use ring::layout::{HEADER, REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 use xenstore_client::Store;
@@ -173,17 +174,12 @@ fn requests_after_closing() {
     scene.close(disk);
 }
 
-/// Changes bytes of the guest's own memory, on and on, until told to stop.
-fn scribble(memory: &Mapping, stop: &AtomicBool, seed: u64, mut choose: impl FnMut(u64) -> Option<(usize, u8)>) {
-    let mut state = seed | 1;
-    while !stop.load(Ordering::Relaxed) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        if let Some((at, byte)) = choose(state) {
-            memory.write_record(at, &[byte]);
-        }
-    }
+/// Random numbers, the same in every run.
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
 }
 
 /// Fields of requests and of indirect descriptors change while they are being looked at. Whatever was checked is what
@@ -207,7 +203,6 @@ fn xsa_155_requests_and_descriptors_are_read_once() {
         let (tables, refs) = refs.split_at(32);
         let memory = scene.hostile.memory().clone();
         let (ring, first_table) = (place(&scene.hostile, ring_ref(&scene)), place(&scene.hostile, tables[0]));
-        let stop = AtomicBool::new(false);
         let choose = |random: u64| {
             let byte = (random >> 32) as u8;
             let slot = ring + HEADER + (random % 32) as usize * 112;
@@ -224,8 +219,13 @@ fn xsa_155_requests_and_descriptors_are_read_once() {
                 at => Some((slot + at, byte)),
             }
         };
-        std::thread::scope(|scope| {
-            scope.spawn(|| scribble(&memory, &stop, 155, choose));
+        let mut seed = 155;
+        let scribble = || {
+            if let Some((at, byte)) = choose(random(&mut seed)) {
+                memory.write_record(at, &[byte]);
+            }
+        };
+        during(scribble, || {
             for round in 0..60 {
                 for id in 0..32 {
                     let segments: Vec<_> = (0..11).map(|at| whole(refs[(id + at * 7) % refs.len()])).collect();
@@ -245,7 +245,6 @@ fn xsa_155_requests_and_descriptors_are_read_once() {
                     assert!((-2..=0).contains(&answer.status), "{answer:?}");
                 }
             }
-            stop.store(true, Ordering::Relaxed);
         });
         works(disk.queue());
         let mut page = [0; PAGE_SIZE];
@@ -271,18 +270,18 @@ fn xsa_155_any_byte_of_the_ring() {
         let memory = scene.hostile.memory().clone();
         let ring = place(&scene.hostile, ring_ref(&scene));
         // First the slots alone, for some time; then the indices too.
-        let least = AtomicBool::new(false);
-        let stop = AtomicBool::new(false);
-        let choose = |random: u64| {
-            let from = if least.load(Ordering::Relaxed) { 0 } else { HEADER };
-            Some((ring + from + (random >> 8) as usize % (PAGE_SIZE - from), (random >> 32) as u8))
+        let indices = AtomicBool::new(false);
+        let mut seed = round + 1;
+        let scribble = || {
+            let from = if indices.load(Ordering::Relaxed) { 0 } else { HEADER };
+            let random = random(&mut seed);
+            memory.write_record(ring + from + (random >> 8) as usize % (PAGE_SIZE - from), &[(random >> 32) as u8]);
         };
-        std::thread::scope(|scope| {
-            scope.spawn(|| scribble(&memory, &stop, round + 1, choose));
+        during(scribble, || {
             let queue = disk.queue();
             for step in 0..2000u64 {
                 if step == 1500 {
-                    least.store(true, Ordering::Relaxed);
+                    indices.store(true, Ordering::Relaxed);
                 }
                 while queue.free() > 0 {
                     let gref = queue.data_refs()[step as usize % 300];
@@ -293,7 +292,6 @@ fn xsa_155_any_byte_of_the_ring() {
                 // Our own half does not believe what stands there either.
                 while let Ok(Some(_)) = queue.raw_outcome() {}
             }
-            stop.store(true, Ordering::Relaxed);
         });
         scene.neighbour_works();
         disk.close();
@@ -332,31 +330,22 @@ fn xsa_216_responses_carry_nothing_of_ours() {
 fn xsa_332_an_event_storm_without_work() {
     const STORM: u64 = 200_000;
     let (mut scene, mut disk) = Scene::connected("w", &Options::default());
+    let to_guest = scene.events_to_guest();
     works(disk.queue());
-    let (before, to_guest) = (scene.counters().1, scene.events_to_guest());
+    let before = scene.counters().1;
     for _ in 0..STORM {
         disk.queue().channel().notify().unwrap();
     }
     let storm = scene.counters().1.since(&before);
     assert_eq!(storm.notifications + storm.notifications_suppressed, STORM);
-    assert!(storm.notifications < STORM / 50, "{} of {STORM} events woke the backend", storm.notifications);
-    assert_eq!(scene.events_to_guest(), to_guest, "an event was answered with an event");
+    assert!(storm.notifications < STORM / 1000, "{} of {STORM} events woke the backend", storm.notifications);
+    // The last of the two honest answers may be seen before its event is raised.
+    assert!(scene.events_to_guest() <= to_guest + 2, "an event was answered with an event");
     scene.neighbour_works();
     // Both at once: the storm hurts nobody, and its own disk only in speed.
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let queue = disk.queue();
-        let stop = &stop;
-        scope.spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                queue.channel().notify().unwrap();
-            }
-        });
-        for _ in 0..50 {
-            scene.neighbour_works();
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
+    let queue = disk.queue();
+    let storm = move || queue.channel().notify().unwrap();
+    during(storm, || (0..50).for_each(|_| scene.neighbour_works()));
     works(disk.queue());
     scene.close(disk);
 }

@@ -18,10 +18,13 @@
 //! | 21 Reconfiguring | netback's; here 7 and 8 only count as serving: `xsa_350_states_flip_faster_than_anybody_looks` |
 //! | 22 protocol unknown | `protocols_that_do_not_exist` |
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
+use blkback::abi::op;
 use blkback::front::{Frontend, Options};
-use common::scene::{Scene, works};
+use common::scene::{Scene, direct, during, whole, works};
 use common::{XVDA, until};
 use hypervisor::{DomId, GrantAccess, GrantRef, Guest};
 use xenstore_client::Store;
@@ -113,7 +116,7 @@ fn one_page_named_twice() {
     let two_queues: Keys<'_> = vec![
         ("multi-queue-num-queues", "2".to_owned()),
         ("queue-0/ring-ref", gref.clone()),
-        ("queue-0/event-channel", port.clone()),
+        ("queue-0/event-channel", port),
         ("queue-1/ring-ref", gref),
         ("queue-1/event-channel", other.port().to_string()),
     ];
@@ -329,23 +332,18 @@ fn keys_rewritten_after_connecting() {
 fn xsa_349_a_flood_of_keys_and_states() {
     let (mut scene, mut disk) = Scene::connected("w", &Options::default());
     let (store, front) = (scene.store(), scene.front_path());
-    let stop = std::sync::atomic::AtomicBool::new(false);
     let newcomer = scene.dom0.guest("newcomer");
     let image = scene.dom0.image("newcomer.img", 1 << 20);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let huge = "x".repeat(1900);
-            let mut round = 0u32;
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                round += 1;
-                store.write(&format!("{front}/state"), "4").unwrap();
-                // The store's quota of nodes is what ends this.
-                let _ = store.write(&format!("{front}/ring-ref{}", round % 2000), &huge);
-                let _ = store.write(&format!("{front}/queue-{}/ring-ref", round % 2000), "1");
-            }
-        });
-        for round in 0..20 {
-            eprintln!("XXX {round} {:?}", std::time::SystemTime::now());
+    let (huge, mut round) = ("x".repeat(1900), 0u32);
+    let flood = || {
+        round += 1;
+        store.write(&format!("{front}/state"), "4").unwrap();
+        // The store's quota of nodes is what ends this.
+        let _ = store.write(&format!("{front}/ring-ref{}", round % 2000), &huge);
+        let _ = store.write(&format!("{front}/queue-{}/ring-ref", round % 2000), "1");
+    };
+    during(flood, || {
+        for _ in 0..20 {
             scene.neighbour_works();
             scene.dom0.attach(&newcomer, &format!("{},raw,xvdc,w", image.display())).unwrap();
             let mut front = Frontend::connect(newcomer.clone(), XVDA + 32, &Options::default()).unwrap();
@@ -354,7 +352,6 @@ fn xsa_349_a_flood_of_keys_and_states() {
             front.close(queues).unwrap();
             scene.dom0.detach(&newcomer, "xvdc");
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     works(disk.queue());
     scene.close(disk);
@@ -405,7 +402,7 @@ fn xsa_350_states_flip_faster_than_anybody_looks() {
         let mut disk = scene.connect(&Options::default());
         for id in 0..32 {
             let gref = disk.queue().data_refs()[id];
-            let slot = common::scene::direct(1, id as u64, id as u64 * 8, &[common::scene::whole(gref)]);
+            let slot = direct(op::WRITE, id as u64, id as u64 * 8, &[whole(gref)]);
             disk.queue().submit_raw(&slot);
         }
         disk.queue().publish().unwrap();

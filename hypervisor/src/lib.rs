@@ -4,12 +4,14 @@
 //!   ends of an event channel hold a [`Port`].
 //! * [`Backend`] is what a backend domain may do to its peers; [`Guest`] is what a frontend's domain does.
 //! * [`emu`] is a machine made of memfds and eventfds that enforces Xen's rules on any Linux.
+//! * [`xen`] is the real one, from dom0 or a driver domain.
 //! * [`memory`] is the only place that touches bytes another domain can change.
 
 pub mod emu;
 pub mod event;
 pub mod grant;
 pub mod memory;
+pub mod xen;
 
 use std::fmt::Debug;
 use std::path::PathBuf;
@@ -161,6 +163,8 @@ pub struct Shared {
 pub enum Machine {
     /// An emulated machine kept by `emu-xen serve --dir DIR`.
     Emulated(PathBuf),
+    /// The real one under this kernel.
+    Xen,
 }
 
 impl std::str::FromStr for Machine {
@@ -169,19 +173,37 @@ impl std::str::FromStr for Machine {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("emu", dir)) if !dir.is_empty() => Ok(Self::Emulated(dir.into())),
-            _ => Err(format!("{text:?} is no hypervisor: emu:DIR, where emu-xen serve --dir DIR runs")),
+            None if text == "xen" => Ok(Self::Xen),
+            _ => Err(format!("{text:?} is no hypervisor: xen, or emu:DIR where emu-xen serve --dir DIR runs")),
         }
     }
 }
 
 impl Machine {
-    /// Joins the machine as the backend domain `domid`.
+    /// The machine to use where none was named: real Xen, if this kernel runs on it.
+    pub fn find() -> Option<Self> {
+        xen::is_here().then_some(Self::Xen)
+    }
+
+    /// A connection to the machine's XenStore, speaking as this domain, or as dom0 of an emulated machine.
+    ///
+    /// # Errors
+    /// When the machine is not there, or refuses.
+    pub fn store(&self) -> Result<xenstore_client::Client> {
+        match self {
+            Self::Emulated(dir) => emu::Member::join(dir, DomId::DOM0)?.store(),
+            Self::Xen => xen::connect(),
+        }
+    }
+
+    /// Joins the machine as a backend domain. Real Xen knows which domain we are; on an emulated machine we are `domid`.
     ///
     /// # Errors
     /// When the machine is not there, or refuses.
     pub fn join_backend(&self, domid: DomId) -> Result<std::sync::Arc<dyn Backend>> {
         match self {
             Self::Emulated(dir) => Ok(std::sync::Arc::new(emu::Member::join(dir, domid)?)),
+            Self::Xen => Ok(std::sync::Arc::new(xen::Xen::open()?)),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A hostile guest beside an honest one, both served by the same blkback. Whatever the one does, the other's disk
 //! works, nothing panics, and in the end nothing is mapped.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Once};
 
 use blkback::abi::{Answer, Protocol, Segment, Slot, op};
@@ -234,6 +234,26 @@ impl Scene {
         drop(dom0);
         assert_eq!(PANICS.load(Ordering::Relaxed), 0, "queues' threads panicked");
     }
+}
+
+/// Runs `harass` again and again on a thread of its own while `work` is done; also when that panics, it ends.
+pub fn during(mut harass: impl FnMut() + Send, work: impl FnOnce()) {
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                harass();
+            }
+        });
+        let _stop = Stop(&stop);
+        work();
+    });
 }
 
 /// A whole page.

@@ -100,6 +100,23 @@ impl Mapping {
         Ok(Self { base, len, writable, _owner: Box::new(Unmap { base, len }) })
     }
 
+    /// `len` bytes of a device that maps what `index` stands for (gntdev, gntalloc). On success `guard` is taken, to be
+    /// dropped after the memory is unmapped.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub(crate) fn of_device<G: Any + Send + Sync>(
+        device: impl AsFd,
+        index: u64,
+        len: usize,
+        writable: bool,
+        guard: &mut Option<G>,
+    ) -> io::Result<Self> {
+        let Self { base, len, writable, _owner: unmap } = Self::of_file(device, index, len, writable)?;
+        // Fields are dropped in order: the memory is unmapped before the guard goes.
+        Ok(Self { base, len, writable, _owner: Box::new((unmap, guard.take())) })
+    }
+
     /// Pages of `file`, wherever they lie in it, side by side in this process: `offsets` are multiples of the page
     /// size. A request slot may then straddle two pages of a ring that lie apart in the guest.
     ///
@@ -185,7 +202,7 @@ impl Mapping {
     /// The address of `len` bytes at `offset`, for the kernel.
     #[inline]
     #[track_caller]
-    pub(super) fn address(&self, offset: usize, len: usize) -> NonNull<u8> {
+    pub(crate) fn address(&self, offset: usize, len: usize) -> NonNull<u8> {
         self.check(offset, len);
         // SAFETY: `offset` lies inside the mapping, as just checked.
         unsafe { self.base.add(offset) }

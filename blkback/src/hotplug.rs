@@ -1,0 +1,153 @@
+//! The hotplug program for disks: what libxl runs as the script `block` (docs/misc/block-scripts.txt of Xen).
+//!
+//! libxl calls it with `add` once the backend is in state 2, and with `remove` after state 6; XENBUS_PATH names the
+//! backend's directory. It says in `hotplug-status` whether the disk can be had; the backend waits for that before it
+//! opens anything. There is no loop device to set up, and so nothing to take down.
+
+use std::path::{Path, PathBuf};
+
+use xenstore_client::{Client, Store};
+
+use crate::image::{Image, Problem};
+use crate::spec::Access;
+
+/// What libxl wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Event {
+    /// A disk is about to be served.
+    Add,
+    /// A disk is gone.
+    Remove,
+}
+
+/// What access the key `mode` stands for. The exclamation mark is xend's way to say that a disk is knowingly shared.
+pub fn access(mode: &str) -> Access {
+    match (mode.contains('w'), mode.contains('!')) {
+        (_, true) => Access::SharedWrite,
+        (true, false) => Access::Write,
+        (false, false) => Access::ReadOnly,
+    }
+}
+
+/// The file or device that `params` names; a name without a folder is a device, as the stock script has it.
+pub fn path(params: &str) -> PathBuf {
+    let params = params.strip_prefix("aio:").unwrap_or(params);
+    if params.starts_with('/') { params.into() } else { Path::new("/dev").join(params) }
+}
+
+/// Handles one event for the backend in `xenbus_path`.
+///
+/// # Errors
+/// A sentence, which is also in the key `hotplug-error` for xl to show.
+pub fn run(store: &Client, xenbus_path: &str, event: Event) -> Result<(), String> {
+    let outcome = match event {
+        Event::Add => add(store, xenbus_path),
+        Event::Remove => Ok(()),
+    };
+    outcome.map_err(|Failure { text, status }| {
+        let told = store.transaction(|tx| {
+            tx.write(&format!("{xenbus_path}/hotplug-error"), &text)?;
+            tx.write(&format!("{xenbus_path}/hotplug-status"), status)
+        });
+        match told {
+            Ok(()) => text,
+            Err(error) => format!("{text} (and XenStore could not be told: {error})"),
+        }
+    })
+}
+
+/// Why a disk cannot be had; `status` is the value of `hotplug-status`.
+struct Failure {
+    text: String,
+    status: &'static str,
+}
+
+impl From<xenstore_client::Error> for Failure {
+    fn from(error: xenstore_client::Error) -> Self {
+        Self { text: error.to_string(), status: "error" }
+    }
+}
+
+fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
+    let params = store.read_str(&format!("{xenbus_path}/params"))?;
+    let mode = store.read_str(&format!("{xenbus_path}/mode"))?;
+    let cdrom = store.read_opt(&format!("{xenbus_path}/device-type"))?.as_deref() == Some("cdrom");
+    let access = if cdrom { Access::ReadOnly } else { access(&mode) };
+    let path = std::path::absolute(path(&params))
+        .map_err(|error| Failure { text: format!("{params}: {error}"), status: "error" })?;
+    // Opened and closed again: the backend opens it for good when it sees hotplug-status. What is wrong with it is
+    // known here, where xl can still show it.
+    let image = Image::open(&path, access).map_err(|error| {
+        let status = if matches!(error.problem, Problem::InUse(_)) { "busy" } else { "error" };
+        Failure { text: error.to_string(), status }
+    })?;
+    let device = image.device;
+    drop(image);
+    let path = path.into_os_string().into_string();
+    let path = path.map_err(|_| Failure { text: format!("{params}: not UTF-8"), status: "error" })?;
+    store.transaction(|tx| {
+        tx.write(&format!("{xenbus_path}/physical-device-path"), &path)?;
+        if let Some((major, minor)) = device {
+            tx.write(&format!("{xenbus_path}/physical-device"), &format!("{major:x}:{minor:x}"))?;
+        }
+        tx.write(&format!("{xenbus_path}/hotplug-status"), "connected")
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mode_key() {
+        let cases = [
+            ("r", Access::ReadOnly),
+            ("w", Access::Write),
+            ("rw", Access::Write),
+            ("w!", Access::SharedWrite),
+            ("!", Access::SharedWrite),
+        ];
+        for (mode, expected) in cases {
+            assert_eq!(access(mode), expected, "{mode}");
+        }
+    }
+
+    #[test]
+    fn params() {
+        assert_eq!(path("/srv/x.img"), Path::new("/srv/x.img"));
+        assert_eq!(path("aio:/srv/x.img"), Path::new("/srv/x.img"));
+        assert_eq!(path("vg/disk"), Path::new("/dev/vg/disk"));
+    }
+
+    #[test]
+    fn add_says_whether_the_disk_can_be_had() {
+        use xenstore_client::DomId;
+        use xenstore_client::server::Server;
+
+        let server = Server::new().unwrap();
+        let store = server.connect(DomId::DOM0).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("disk.img");
+        std::fs::File::create(&image).unwrap().set_len(4096).unwrap();
+        let back = "/local/domain/0/backend/vbd/1/51712";
+        let key = |name: &str| store.read_opt(&format!("{back}/{name}")).unwrap();
+        store.write(&format!("{back}/mode"), "w").unwrap();
+
+        store.write(&format!("{back}/params"), "/no/such.img").unwrap();
+        assert!(run(&store, back, Event::Add).unwrap_err().contains("no such file"));
+        assert_eq!(key("hotplug-status").as_deref(), Some("error"));
+        assert!(key("hotplug-error").unwrap().contains("no such file"));
+
+        store.write(&format!("{back}/params"), image.to_str().unwrap()).unwrap();
+        let held = Image::open(&image, Access::Write).unwrap();
+        run(&store, back, Event::Add).unwrap_err();
+        assert_eq!(key("hotplug-status").as_deref(), Some("busy"));
+        drop(held);
+
+        run(&store, back, Event::Add).unwrap();
+        assert_eq!(key("hotplug-status").as_deref(), Some("connected"));
+        assert_eq!(key("physical-device-path").as_deref(), image.to_str());
+        run(&store, back, Event::Remove).unwrap();
+    }
+}
