@@ -76,6 +76,12 @@ struct Medium {
     discard: bool,
 }
 
+impl Medium {
+    fn describe(&self, limits: &Limits) -> Vec<(String, String)> {
+        negotiate::describe(&self.image, limits, self.read_only, self.cdrom, self.discard)
+    }
+}
+
 /// How many queues still run, and whether they were told to stop.
 #[derive(Debug, Default)]
 struct Running {
@@ -189,7 +195,7 @@ impl Device for Vbd {
         Ok(negotiate::offer(&self.config.limits))
     }
 
-    fn open(&mut self, backend: &Keys) -> Result<(), Fault> {
+    fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
         let cdrom = backend.get("device-type") == Some("cdrom");
         let access = if cdrom { Access::ReadOnly } else { hotplug::access(backend.require("mode")?) };
         let image = Image::open(&target(backend)?, access).map_err(|error| image_fault(&error))?;
@@ -206,8 +212,10 @@ impl Device for Vbd {
         for note in &image.notes {
             tracing::warn!(device = %self.id.backend_path, image = %image.path().display(), "{note}");
         }
-        self.medium = Some(Medium { image: Arc::new(image), read_only, cdrom, discard });
-        Ok(())
+        let medium = Medium { image: Arc::new(image), read_only, cdrom, discard };
+        let keys = medium.describe(&self.config.limits);
+        self.medium = Some(medium);
+        Ok(keys)
     }
 
     fn connect(&mut self, frontend: &Keys) -> Result<Vec<(String, String)>, Fault> {
@@ -227,7 +235,7 @@ impl Device for Vbd {
             discard: medium.discard,
             indirect: limits.indirect_segments as usize,
         };
-        let keys = negotiate::describe(&image, &limits, medium.read_only, medium.cdrom, medium.discard);
+        let keys = medium.describe(&limits);
         self.start_queues(&agreed, &image, shape)?;
         tracing::info!(
             device = %self.id.backend_path,

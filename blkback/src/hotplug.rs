@@ -75,14 +75,12 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
     let access = if cdrom { Access::ReadOnly } else { access(&mode) };
     let path = std::path::absolute(path(&params))
         .map_err(|error| Failure { text: format!("{params}: {error}"), status: "error" })?;
-    // Opened and closed again: the backend opens it for good when it sees hotplug-status. What is wrong with it is
-    // known here, where xl can still show it.
-    let image = Image::open(&path, access).map_err(|error| {
+    // The backend opens it when it sees hotplug-status. What is wrong with it is known here, where xl can still show
+    // it.
+    let device = Image::check(&path, access).map_err(|error| {
         let status = if matches!(error.problem, Problem::InUse(_)) { "busy" } else { "error" };
         Failure { text: error.to_string(), status }
     })?;
-    let device = image.device;
-    drop(image);
     let path = path.into_os_string().into_string();
     let path = path.map_err(|_| Failure { text: format!("{params}: not UTF-8"), status: "error" })?;
     store.transaction(|tx| {

@@ -1,6 +1,6 @@
 //! Files and block devices as disks: opened, claimed, and asked what they can do.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -91,34 +91,28 @@ impl Image {
         Self::open_inner(path, access).map_err(fail)
     }
 
+    /// Whether [`open`](Self::open) would succeed now. Returns the device number of a block device.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn check(path: &Path, access: Access) -> Result<Option<(u32, u32)>, ImageError> {
+        let checked = || {
+            let (mut file, metadata) = open_file(path, access)?;
+            if metadata.is_file() {
+                lock::check(&file, access).map_err(Problem::InUse)?;
+            }
+            size(&mut file)?;
+            Ok(metadata.file_type().is_block_device().then(|| device_number(metadata.rdev())))
+        };
+        checked().map_err(|problem| ImageError { path: path.to_owned(), problem })
+    }
+
     fn open_inner(path: &Path, access: Access) -> Result<Self, Problem> {
-        // Looked at before it is opened: opening a pipe or a device can have effects.
-        let kind = std::fs::metadata(path).map_err(|error| open_problem(error, access))?.file_type();
-        if kind.is_dir() {
-            return Err(Problem::Directory);
-        }
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Problem::NotADisk);
-        }
-        let writable = access != Access::ReadOnly;
-        // O_NONBLOCK lets io_uring try files without the no-wait flag (tmpfs) at once instead of handing them to its
-        // workers; on others it changes nothing. O_EXCL claims a block device against mounts and other claims.
-        let exclusive = kind.is_block_device() && access == Access::Write;
-        let flags = OFlags::NONBLOCK | OFlags::NOCTTY | if exclusive { OFlags::EXCL } else { OFlags::empty() };
-        let mut file = File::options()
-            .read(true)
-            .write(writable)
-            .custom_flags(flags.bits().cast_signed())
-            .open(path)
-            .map_err(|error| open_problem(error, access))?;
-        let metadata = file.metadata().map_err(io_problem("fstat"))?;
+        let (mut file, metadata) = open_file(path, access)?;
         if metadata.is_file() {
             lock::claim(&file, access).map_err(Problem::InUse)?;
         }
-        let bytes = file.seek(SeekFrom::End(0)).map_err(io_problem("finding its size"))?;
-        if bytes < SECTOR {
-            return Err(Problem::Empty(bytes));
-        }
+        let bytes = size(&mut file)?;
         let mut image = Self {
             path: path.to_owned(),
             sectors: bytes / SECTOR,
@@ -137,7 +131,7 @@ impl Image {
         if metadata.file_type().is_block_device() {
             image.learn_device(metadata.rdev())?;
         } else {
-            image.learn_file(metadata.blksize(), bytes, writable);
+            image.learn_file(metadata.blksize(), bytes, access != Access::ReadOnly);
         }
         image.direct = image.try_direct();
         if !image.direct {
@@ -149,7 +143,7 @@ impl Image {
     }
 
     fn learn_device(&mut self, device: u64) -> Result<(), Problem> {
-        self.device = Some((rustix::fs::major(device), rustix::fs::minor(device)));
+        self.device = Some(device_number(device));
         self.sector_size = rustix::fs::ioctl_blksszget(&self.file).map_err(io_problem("BLKSSZGET"))?;
         self.physical_sector_size = rustix::fs::ioctl_blkpbszget(&self.file).map_err(io_problem("BLKPBSZGET"))?;
         Ok(())
@@ -193,6 +187,40 @@ impl AsFd for Image {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Opens what can be a disk, and nothing else.
+fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
+    // Looked at before it is opened: opening a pipe or a device can have effects.
+    let kind = std::fs::metadata(path).map_err(|error| open_problem(error, access))?.file_type();
+    if kind.is_dir() {
+        return Err(Problem::Directory);
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Problem::NotADisk);
+    }
+    // O_NONBLOCK lets io_uring try files without the no-wait flag (tmpfs) at once instead of handing them to its
+    // workers; on others it changes nothing. O_EXCL claims a block device against mounts and other claims.
+    let exclusive = kind.is_block_device() && access == Access::Write;
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY | if exclusive { OFlags::EXCL } else { OFlags::empty() };
+    let file = File::options()
+        .read(true)
+        .write(access != Access::ReadOnly)
+        .custom_flags(flags.bits().cast_signed())
+        .open(path)
+        .map_err(|error| open_problem(error, access))?;
+    let metadata = file.metadata().map_err(io_problem("fstat"))?;
+    Ok((file, metadata))
+}
+
+/// Bytes of a file or device that holds a sector at least.
+fn size(file: &mut File) -> Result<u64, Problem> {
+    let bytes = file.seek(SeekFrom::End(0)).map_err(io_problem("finding its size"))?;
+    if bytes < SECTOR { Err(Problem::Empty(bytes)) } else { Ok(bytes) }
+}
+
+fn device_number(device: u64) -> (u32, u32) {
+    (rustix::fs::major(device), rustix::fs::minor(device))
 }
 
 fn open_problem(error: io::Error, access: Access) -> Problem {

@@ -26,11 +26,7 @@ const OURS: i64 = 300;
 /// # Errors
 /// Who holds it, and what to do, in words.
 pub fn claim(file: &File, access: Access) -> Result<(), String> {
-    let (holds, denies): (&[i64], &[i64]) = match access {
-        Access::ReadOnly => (&[READ], &[WRITE, RESIZE]),
-        Access::Write => (&[READ, WRITE], &[WRITE, RESIZE]),
-        Access::SharedWrite => (&[READ, WRITE], &[RESIZE]),
-    };
+    let (holds, denies) = permissions(access);
     if access == Access::Write {
         set(file, OURS, libc::F_WRLCK).map_err(|error| refusal(file, access, error))?;
     }
@@ -46,6 +42,28 @@ pub fn claim(file: &File, access: Access) -> Result<(), String> {
     match denied.or(taken) {
         Some(_) => Err(refusal(file, access, nix::errno::Errno::EAGAIN)),
         None => Ok(()),
+    }
+}
+
+/// Whether [`claim`] would succeed now, without taking anything: a claim made only to look would be in the way of
+/// whoever opens the file at this moment.
+///
+/// # Errors
+/// As [`claim`].
+pub fn check(file: &File, access: Access) -> Result<(), String> {
+    let (holds, denies) = permissions(access);
+    let in_the_way = (access == Access::Write && is_held(file, OURS))
+        || holds.iter().any(|permission| is_held(file, DENIES + permission))
+        || denies.iter().any(|permission| is_held(file, HOLDS + permission));
+    if in_the_way { Err(refusal(file, access, nix::errno::Errno::EAGAIN)) } else { Ok(()) }
+}
+
+/// What a user of the file holds, and what it denies others.
+fn permissions(access: Access) -> (&'static [i64], &'static [i64]) {
+    match access {
+        Access::ReadOnly => (&[READ], &[WRITE, RESIZE]),
+        Access::Write => (&[READ, WRITE], &[WRITE, RESIZE]),
+        Access::SharedWrite => (&[READ, WRITE], &[RESIZE]),
     }
 }
 

@@ -87,7 +87,7 @@ pub fn offer(limits: &Limits) -> Pairs {
 const VDISK_CDROM: u32 = 1;
 const VDISK_READONLY: u32 = 4;
 
-/// What is published together with state 4: the disk itself.
+/// The disk itself: published when it is open, and again together with state 4.
 pub fn describe(image: &Image, limits: &Limits, read_only: bool, cdrom: bool, discard: bool) -> Pairs {
     let info = if cdrom { VDISK_CDROM } else { 0 } | if read_only { VDISK_READONLY } else { 0 };
     let mut keys = vec![

@@ -158,6 +158,10 @@ pub fn parse(slot: &Slot, shape: &Shape) -> Result<Work, Refusal> {
             if shape.read_only {
                 return Err(Refusal::ReadOnly);
             }
+            // Not offered (discard-secure): freeing the blocks would leave readable what was to be erased.
+            if slot.discard_flag() & 1 != 0 {
+                return Err(Refusal::Operation);
+            }
             let (sector, sectors) = (slot.sector(), slot.discard_sectors());
             check_range(sector, sectors, shape)?;
             Ok(Work::Discard { offset: sector * SECTOR, len: sectors * SECTOR })
@@ -266,6 +270,7 @@ mod tests {
             (discard(0, 0), SHAPE, Err(R::BeyondEnd)),
             (discard(0, 1), READ_ONLY, Err(R::ReadOnly)),
             (discard(0, 1), PLAIN, Err(R::Operation)),
+            (Slot::discard(Protocol::X86_64, 1, 0, 8, 1), SHAPE, Err(R::Operation)),
         ];
         for (slot, shape, expected) in cases {
             assert_eq!(parse(&slot, &shape), expected, "{slot:?} {:?} on {shape:?}", slot.bytes);

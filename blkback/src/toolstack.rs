@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use xenstore_client::xenbus::{State, toolstack};
 use xenstore_client::{Client, DomId, Store};
 
+use crate::hotplug;
 use crate::image::Image;
 use crate::spec::{Access, DiskSpec, Format, TargetKind};
 use crate::vdev::Vdev;
@@ -75,7 +76,7 @@ pub fn attach(
     }
     let path = target(spec)?;
     // Looked at before anything is written: whoever types the command is to see what is wrong, not only the log.
-    drop(Image::open(Path::new(&path), spec.access).map_err(|error| Error::Refused(error.to_string()))?);
+    Image::check(Path::new(&path), spec.access).map_err(|error| Error::Refused(error.to_string()))?;
     let device = device(backend, frontend, spec.vdev);
     if store.read_opt(&format!("{}/state", device.backend_path()))?.is_some() {
         return refused(format!("domain {frontend} has a disk {} already; detach it first", spec.vdev.name()));
@@ -107,7 +108,7 @@ pub fn attach(
     let trusted = flag(spec.trusted.unwrap_or(true));
     let frontend_keys = [("virtual-device", number.as_str()), ("device-type", device_type), ("trusted", trusted)];
     toolstack::add_device(store, &device, &backend_keys, &frontend_keys)?;
-    let finished = finish_attach(store, &device, &path, wait);
+    let finished = finish_attach(store, &device, wait);
     if finished.is_err() {
         // What remains after a failure is ours to clear away; if that fails too, the first error matters more.
         if let Err(error) = toolstack::remove_device(store, &device, Duration::from_secs(1), true, || Ok(())) {
@@ -118,12 +119,7 @@ pub fn attach(
 }
 
 /// The part after the keys are written: state 2, the hotplug program's keys, and the guest.
-fn finish_attach(
-    store: &Client,
-    device: &toolstack::DeviceAddress<'_>,
-    path: &str,
-    wait: Duration,
-) -> Result<Attached, Error> {
+fn finish_attach(store: &Client, device: &toolstack::DeviceAddress<'_>, wait: Duration) -> Result<Attached, Error> {
     let backend = device.backend_path();
     let state = format!("{backend}/state");
     match toolstack::wait_state(
@@ -138,16 +134,35 @@ fn finish_attach(
             return refused(format!("no backend took the disk up ({error}); is blkback serve running?"));
         }
     }
-    store.transaction(|tx| {
-        tx.write(&format!("{backend}/physical-device-path"), path)?;
-        tx.write(&format!("{backend}/hotplug-status"), "connected")
-    })?;
+    hotplug::run(store, &backend, hotplug::Event::Add).map_err(Error::Refused)?;
+    wait_open(store, &backend)?;
     let began = Instant::now();
     match toolstack::wait_state(store, &state, &[State::Connected, State::Closing, State::Closed], wait) {
         Ok(State::Connected) => Ok(Attached::Connected),
         Ok(_) => refused(backend_error(store, &backend)?),
         Err(_) if began.elapsed() >= wait => Ok(Attached::Waiting),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Waits until the backend has opened the disk, which it shows by publishing its size.
+fn wait_open(store: &Client, backend: &str) -> Result<(), Error> {
+    let watcher = store.watcher()?;
+    watcher.add(backend, "open")?;
+    let began = Instant::now();
+    loop {
+        if store.read_opt(&format!("{backend}/sectors"))?.is_some() {
+            return Ok(());
+        }
+        let state = store.read_opt(&format!("{backend}/state"))?;
+        if matches!(state.as_deref().and_then(State::parse), None | Some(State::Closing | State::Closed)) {
+            return refused(backend_error(store, backend)?);
+        }
+        let left = toolstack::INIT_TIMEOUT.saturating_sub(began.elapsed());
+        if left.is_zero() {
+            return refused("the backend did not open the disk in time; see its log");
+        }
+        watcher.wait(left)?;
     }
 }
 

@@ -67,7 +67,7 @@ fn fio_verifies_what_it_wrote() {
         let guest = dom0.guest_with(name, &image, "w", further);
         let job = ["--rw=randrw", "--bsrange=512-128k", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1"];
         run(Command::new("fio")
-            .args(["--name=verify", "--ioengine=nbd", "--randrepeat=0", "--fsync=64"])
+            .args(["--name=verify", "--verify_state_save=0", "--ioengine=nbd", "--randrepeat=0", "--fsync=64"])
             .args(job)
             .arg(format!("--size={}", size() / 4))
             .arg(format!("--uri={}", guest.uri())));

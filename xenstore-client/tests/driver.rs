@@ -84,7 +84,7 @@ impl Device for FakeDevice {
         Ok(vec![("feature-test".into(), "1".into())])
     }
 
-    fn open(&mut self, backend: &Keys) -> std::result::Result<(), Fault> {
+    fn open(&mut self, backend: &Keys) -> std::result::Result<Vec<(String, String)>, Fault> {
         assert!(!self.open);
         assert_eq!(backend.get("hotplug-status"), Some("connected"));
         if self.fake.script().fail_open {
@@ -92,7 +92,7 @@ impl Device for FakeDevice {
         }
         self.open = true;
         self.fake.say("open");
-        Ok(())
+        Ok(vec![("sectors".into(), "8".into())])
     }
 
     fn connect(&mut self, frontend: &Keys) -> std::result::Result<Vec<(String, String)>, Fault> {

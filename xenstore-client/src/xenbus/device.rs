@@ -52,11 +52,12 @@ pub trait Device {
     /// A fault goes to the error node and the device to Closing.
     fn features(&mut self) -> Result<Vec<(String, String)>, Fault>;
 
-    /// Opens the medium. `backend` is read anew, with what the hotplug program added.
+    /// Opens the medium. `backend` is read anew, with what the hotplug program added. The keys returned are published
+    /// at once: they are the sign that the medium could be had.
     ///
     /// # Errors
     /// As [`Device::features`].
-    fn open(&mut self, backend: &Keys) -> Result<(), Fault>;
+    fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault>;
 
     /// Maps the rings and starts to serve. The keys returned are published in one transaction with state 4. If that
     /// transaction finds that the device was taken away meanwhile, `disconnect` follows.

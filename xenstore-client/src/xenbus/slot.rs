@@ -209,15 +209,7 @@ impl<D: Device> Slot<D> {
         match action {
             Action::PublishFeatures => match self.features(ctx)? {
                 Ok(keys) => {
-                    let dir = self.id.backend_path.clone();
-                    let there = ctx.client.transaction(|tx| {
-                        // A directory that is gone must not come back by our writing into it.
-                        let there = self.is_ours(tx.read_opt(&format!("{dir}/state"))?.as_deref());
-                        for (key, value) in keys.iter().filter(|_| there) {
-                            tx.write(&format!("{dir}/{key}"), value)?;
-                        }
-                        Ok(there)
-                    })?;
+                    let there = self.publish(ctx.client, &keys)?;
                     Ok(if there { Vec::new() } else { vec![Input::Removed] })
                 }
                 Err(input) => Ok(vec![input]),
@@ -244,11 +236,20 @@ impl<D: Device> Slot<D> {
                 if let Some(failure) = failure {
                     return Ok(vec![failure, Input::Skipped]);
                 }
-                Ok(vec![match self.device.as_mut().map(|device| device.open(&keys)) {
-                    Some(Ok(())) => Input::Opened,
-                    Some(Err(fault)) => Input::OpenFailed(fault),
-                    None => Input::OpenFailed(Fault::host(5, "there is no device to open")),
-                }])
+                let keys = match self.device.as_mut().map(|device| device.open(&keys)) {
+                    Some(Ok(keys)) => keys,
+                    Some(Err(fault)) => return Ok(vec![Input::OpenFailed(fault)]),
+                    None => return Ok(vec![Input::OpenFailed(Fault::host(5, "there is no device to open"))]),
+                };
+                // It is open, whatever the store says: Opened comes first, trouble second.
+                let mut inputs = vec![Input::Opened];
+                match self.publish(ctx.client, &keys) {
+                    Ok(true) => {}
+                    Ok(false) => inputs.push(Input::Removed),
+                    Err(Error::Disconnected) => return Err(Error::Disconnected),
+                    Err(error) => inputs.push(Input::Fault(error.into())),
+                }
+                Ok(inputs)
             }
             Action::Connect => self.connect(ctx, false),
             Action::Reattach => self.connect(ctx, true),
@@ -362,6 +363,18 @@ impl<D: Device> Slot<D> {
             ctx.watcher.remove(&format!("{}/{key}", self.id.frontend_path), &format!("key {}", self.serial))?;
         }
         Ok(())
+    }
+
+    /// Writes keys; false if the directory is gone, which must not come back by our writing into it.
+    fn publish(&self, client: &Client, keys: &[(String, String)]) -> Result<bool> {
+        let dir = &self.id.backend_path;
+        client.transaction(|tx| {
+            let there = self.is_ours(tx.read_opt(&format!("{dir}/state"))?.as_deref());
+            for (key, value) in keys.iter().filter(|_| there) {
+                tx.write(&format!("{dir}/{key}"), value)?;
+            }
+            Ok(there)
+        })
     }
 
     /// Writes keys and state in one transaction, unless the directory is not ours any more, or the toolstack asked for
