@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blkback::abi::op;
 use blkback::front::{self, Piece, Queue};
@@ -19,6 +19,8 @@ use crate::nbd::{Command, Completion, Disk, Geometry};
 /// Most bytes of one NBD read or write.
 const MAX_PAYLOAD: u32 = 32 << 20;
 const PAGE: usize = 4096;
+/// How long answers are waited for when the disk goes.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
 /// The disk.
 #[derive(Debug)]
@@ -157,6 +159,7 @@ struct Runner {
     commands: Receiver<(Command, Completion)>,
     wake: Arc<OwnedFd>,
     stop: Arc<AtomicBool>,
+    stopping_since: Option<Instant>,
     jobs: Vec<Option<Job>>,
     /// Jobs that have requests to make, in the order they came.
     ready: VecDeque<usize>,
@@ -173,6 +176,7 @@ impl Runner {
             commands,
             wake,
             stop,
+            stopping_since: None,
             jobs: Vec::new(),
             ready: VecDeque::new(),
             requests,
@@ -209,8 +213,14 @@ impl Runner {
                 finished = true;
             }
             let idle = self.jobs.iter().all(Option::is_none);
-            if idle && self.stop.load(Ordering::Acquire) && self.commands.is_empty() {
-                return Ok(());
+            if self.stop.load(Ordering::Acquire) {
+                if idle && self.commands.is_empty() {
+                    return Ok(());
+                }
+                // A backend that lost its medium never answers what it cannot answer truthfully.
+                if self.stopping_since.get_or_insert_with(Instant::now).elapsed() > LAST_ANSWERS {
+                    return Err(front::Error::Backend("requests stayed without an answer".to_owned()));
+                }
             }
             if !finished && self.commands.is_empty() {
                 self.queue.wait(Some(self.wake.as_fd()), Duration::from_secs(1))?;

@@ -145,6 +145,11 @@ impl Machine {
         self.dom0.counters()
     }
 
+    /// What one domain did to another.
+    pub fn counters_between(&self, from: DomId, to: DomId) -> Counters {
+        self.dom0.counters_between(from, to)
+    }
+
     /// Pages of guests' that other domains still have mapped.
     ///
     /// # Errors

@@ -118,7 +118,6 @@ pub fn run() -> Result<(), Failure> {
     table.row(["pages mapped once and kept (persistent grants)".into(), grouped(counted.maps)]);
     table.row(["grant copies".into(), grouped(counted.copies)]);
     table.row(["notifications, both ways".into(), grouped(counted.notifications)]);
-    table.row(["notifications saved (the other side was awake)".into(), grouped(counted.notifications_suppressed)]);
     table.row(["grants refused".into(), grouped(counted.refused_grants())]);
     table.row(["pages still mapped after the detach".into(), grouped(machine.still_mapped()?)]);
     println!("\n{table}");

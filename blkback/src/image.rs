@@ -167,10 +167,11 @@ impl Image {
             return false;
         }
         let unit = self.sector_size as usize;
-        let mut buffer = vec![0; 4096 + 4096];
+        let mut buffer = vec![0; 4096 + 512 + unit];
+        // As odd as a guest's smallest request gets: not the start of a page, where sectors are smaller than that.
         let start = buffer.as_ptr().align_offset(4096) + if unit == 512 { 512 } else { 0 };
-        let last = (self.sectors * SECTOR).saturating_sub(unit as u64) / unit as u64 * unit as u64;
-        let works = rustix::io::pread(&self.file, &mut buffer[start..start + unit.min(4096 - 512)], last).is_ok();
+        let last = (self.sectors * SECTOR / unit as u64).saturating_sub(1) * unit as u64;
+        let works = rustix::io::pread(&self.file, &mut buffer[start..start + unit], last).is_ok();
         if !works && rustix::fs::fcntl_setfl(&self.file, plain).is_err() {
             tracing::warn!(path = %self.path.display(), "cannot switch O_DIRECT off again");
         }

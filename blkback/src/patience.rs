@@ -84,7 +84,8 @@ impl Patience {
     /// The queue slept this long.
     pub fn slept(&mut self, time: Duration) {
         if time > Duration::from_micros(LONGEST.into()) {
-            self.short_sleeps = 0;
+            // One long sleep among many short ones says nothing: the machine was busy with something else.
+            self.short_sleeps = self.short_sleeps.saturating_sub(4);
             return;
         }
         self.short_sleeps += 1;

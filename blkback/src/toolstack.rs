@@ -74,7 +74,7 @@ pub fn attach(
         find_domain(store, &frontend.to_string())?;
         return refused(format!("no domain {frontend}, though one of that name"));
     }
-    let path = target(spec)?;
+    let path = target(spec, backend)?;
     // Looked at before anything is written: whoever types the command is to see what is wrong, not only the log.
     Image::check(Path::new(&path), spec.access).map_err(|error| Error::Refused(error.to_string()))?;
     let device = device(backend, frontend, spec.vdev);
@@ -92,7 +92,7 @@ pub fn attach(
     let flag = |on: bool| if on { "1" } else { "0" };
     let mut backend_keys = vec![
         ("params", path.as_str()),
-        ("script", spec.script.as_deref().unwrap_or("block")),
+        ("script", "block"),
         ("removable", flag(spec.cdrom)),
         ("bootable", "1"),
         ("dev", name.as_str()),
@@ -172,9 +172,19 @@ fn backend_error(store: &Client, backend: &str) -> Result<String, Error> {
 }
 
 /// The absolute path of a disk that this backend can serve.
-fn target(spec: &DiskSpec) -> Result<String, Error> {
+fn target(spec: &DiskSpec, backend: DomId) -> Result<String, Error> {
     if let Some(reason) = spec.unsupported() {
         return refused(reason);
+    }
+    if let Some(script) = &spec.script {
+        return refused(format!(
+            "script={script} is not run by this command: set the device up first and attach it as phy:/dev/…"
+        ));
+    }
+    if let Some(other) = spec.backend.as_ref().filter(|other| **other != backend.to_string()) {
+        return refused(format!(
+            "backend={other} is not the domain this backend runs in ({backend}): attach the disk there"
+        ));
     }
     if spec.kind == TargetKind::Nbd {
         return refused("NBD servers as disks are not served yet; connect it with nbd-client and attach phy:/dev/nbdN");

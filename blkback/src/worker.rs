@@ -94,6 +94,8 @@ impl Worker {
         let body = {
             let (stop, wake) = (Arc::clone(&stop), Arc::clone(&wake));
             move || {
+                // One span for the thread's life, so that what it logs names the disk.
+                let _span = tracing::info_span!("queue", name = plan.name).entered();
                 pin(plan.cpu);
                 let counters = Arc::clone(&plan.counters);
                 let (built, queue) = match build(plan, &wake) {
