@@ -1,0 +1,125 @@
+"""Guests: their xl.cfg, and what a scenario does with a running one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from machine import CommandFailed, Result
+
+if TYPE_CHECKING:
+    from lab import Lab
+
+
+@dataclass
+class Disk:
+    """One disk as xl.cfg names it. `target` is a file or a block device in dom0."""
+
+    target: str
+    vdev: str
+    access: str = "rw"
+    extra: str = ""
+
+    def spec(self, backend: str) -> str:
+        """The same for the kernel's backend and for ours: that is the point. Only qdisk has to be asked for."""
+        kind = "backendtype=qdisk," if backend == "qdisk" else ""
+        more = f"{self.extra}," if self.extra else ""
+        return f"format=raw,{kind}{more}vdev={self.vdev},access={self.access},target={self.target}"
+
+    def number(self) -> int:
+        """The device number libxl gives xvdX (xen-vbd-interface(7)): major 202, 16 minors each."""
+        if not (self.vdev.startswith("xvd") and len(self.vdev) == 4):
+            raise ValueError(f"only whole disks xvda…xvdp here, not {self.vdev}")
+        return 202 << 8 | (ord(self.vdev[3]) - ord("a")) << 4
+
+
+@dataclass
+class GuestConfig:
+    name: str
+    kind: str = "pv"                    # or "pvh"
+    memory: int = 320
+    vcpus: int = 1
+    disks: list[Disk] = field(default_factory=list)
+    root: str = ""                      # "xvda": the initrd goes on to that disk
+    blkfront: dict[str, object] = field(default_factory=dict)   # module parameters
+    kernel: str = "/lab/boot/vmlinux"
+    ramdisk: str = "/lab/boot/guest.cpio"
+    no_blkfront: bool = False           # leave loading the module to the scenario
+    on_reboot: str = "restart"
+
+    def text(self, backend: str) -> str:
+        extra = "console=hvc0 quiet loglevel=1 panic=1"
+        if self.root:
+            extra += f" lab.root={self.root}"
+        if self.no_blkfront:
+            extra += " lab.noblk=1"
+        if self.blkfront:
+            extra += " lab.blkfront=" + ",".join(f"{name}={value}" for name, value in self.blkfront.items())
+        disks = ", ".join(f'"{disk.spec(backend)}"' for disk in self.disks)
+        return (f'name="{self.name}"\ntype="{self.kind}"\nkernel="{self.kernel}"\nramdisk="{self.ramdisk}"\n'
+                f'extra="{extra}"\nmemory={self.memory}\nvcpus={self.vcpus}\n'
+                f'on_poweroff="destroy"\non_reboot="{self.on_reboot}"\non_crash="destroy"\ndisk=[{disks}]\n')
+
+
+class Guest:
+    """A guest that was created. Scenarios get one from Lab.guest()."""
+
+    def __init__(self, lab: Lab, config: GuestConfig) -> None:
+        self.lab, self.config, self.name = lab, config, config.name
+        self._restored = False
+
+    # ---- inside
+
+    def try_run(self, script: str, timeout: float = 120) -> Result:
+        """Run a script in the guest, whatever comes out."""
+        return self.lab.machine.guest(self.name, script, timeout * self.lab.slow, self._restored)
+
+    def run(self, script: str, timeout: float = 120) -> str:
+        """Run a script in the guest and return what it printed; any exit but 0 fails the scenario."""
+        result = self.try_run("set -e\n" + script, timeout)
+        if result.code:
+            why = f"not done after {timeout * self.lab.slow:.0f} s" if result.code == 124 else f"exit {result.code}"
+            raise CommandFailed(f"guest {self.name}: {why} {result.error}: {script}\n{result.out[-3000:]}")
+        return result.out
+
+    def wait_shell(self, timeout: float = 150) -> None:
+        """Wait until the guest's init answers."""
+        self.run("true", timeout)
+
+    def wait_device(self, vdev: str, present: bool = True, timeout: float = 60) -> None:
+        """Wait until a block device is there (with a size: blkfront adds the disk before it connects), or gone."""
+        test = f"[ -b /dev/{vdev} ] && [ $(cat /sys/block/{vdev}/size) -gt 0 ]" if present else f"[ ! -e /sys/block/{vdev} ]"
+        self.run(f"n=0; until {test}; do n=$((n+1)); [ $n -lt {int(timeout * 5 * self.lab.slow)} ] || "
+                 f"{{ echo /dev/{vdev}: present={present} did not come true; exit 1; }}; sleep 0.2; done", timeout + 10)
+
+    # ---- from outside
+
+    def domid(self) -> int:
+        return int(self.lab.sh(f"xl domid {self.name}"))
+
+    def backend_path(self, vdev: str, kind: str | None = None) -> str:
+        kind = kind or ("qdisk" if self.lab.backend == "qdisk" else "vbd")
+        return f"/local/domain/0/backend/{kind}/{self.domid()}/{Disk('', vdev).number()}"
+
+    def attach(self, disk: Disk, timeout: float = 90) -> None:
+        """xl block-attach, and wait until the guest sees the disk."""
+        self.lab.xl(f"block-attach {self.name} {disk.spec(self.lab.backend)}", timeout)
+        self.wait_device(disk.vdev)
+
+    def detach(self, vdev: str, timeout: float = 60) -> None:
+        self.lab.xl(f"block-detach {self.name} {vdev}", timeout)
+
+    def destroy(self) -> None:
+        self.lab.xl(f"destroy {self.name}", 60)
+        self.lab.forget(self)
+
+    def poweroff(self, timeout: float = 90) -> None:
+        """Shut down from outside and wait until the domain is gone, its devices with it."""
+        self.lab.keep_dmesg(self)
+        self.lab.xl(f"shutdown -w {self.name}", timeout)
+        self.lab.wait_gone(self.name)
+        self.lab.forget(self)
+
+    def restored(self) -> None:
+        """Tell that the guest goes on under a new domain id: its init will not announce itself again."""
+        self._restored = True

@@ -1,0 +1,175 @@
+"""What comes from Debian, and how: only by package name, only through apt and debootstrap.
+
+No mirror is written down anywhere in the lab: the machine's own apt configuration is asked, so a machine
+behind a cache or with a local mirror needs no setting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from progress import Step, die
+
+#: What the host needs. The value is a program or file that proves the package is there, so that a machine on
+#: which it was installed by other means is left alone.
+HOST_PACKAGES: dict[str, str] = {
+    "qemu-system-x86": "qemu-system-x86_64",
+    "debootstrap": "debootstrap",
+    "busybox-static": "/bin/busybox",
+    "e2fsprogs": "mkfs.ext4",
+    "kmod": "depmod",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One line of apt's sources: where, which suites, which components."""
+
+    uri: str
+    suites: tuple[str, ...]
+    components: tuple[str, ...]
+
+
+def parse_one_line(text: str) -> list[Source]:
+    """The `deb URI SUITE COMPONENT…` format (sources.list(5)); options in [brackets] are skipped."""
+    found = []
+    for line in text.splitlines():
+        line = line.split("#", 1)[0].strip()
+        match = re.match(r"deb\s+(?:\[[^\]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)$", line)
+        if match:
+            found.append(Source(match[1], (match[2],), tuple(match[3].split())))
+    return found
+
+
+def parse_deb822(text: str) -> list[Source]:
+    """The deb822 format (`Types:`, `URIs:` …); a stanza with `Enabled: no` does not count."""
+    found = []
+    for stanza in re.split(r"\n\s*\n", text):
+        fields: dict[str, str] = {}
+        last = ""
+        for line in stanza.splitlines():
+            if line.startswith("#"):
+                continue
+            if line[:1].isspace() and last:
+                fields[last] += " " + line.strip()
+            elif ":" in line:
+                last, value = line.split(":", 1)
+                last = last.strip().lower()
+                fields[last] = value.strip()
+        if "deb" not in fields.get("types", "").split() or fields.get("enabled", "yes").lower() == "no":
+            continue
+        for uri in fields.get("uris", "").split():
+            found.append(Source(uri, tuple(fields.get("suites", "").split()),
+                                tuple(fields.get("components", "").split())))
+    return found
+
+
+def machine_sources(etc: Path = Path("/etc/apt")) -> list[Source]:
+    """Every enabled source of this machine, in apt's order."""
+    found = []
+    files = [etc / "sources.list"]
+    if (etc / "sources.list.d").is_dir():
+        files += sorted((etc / "sources.list.d").iterdir())
+    for file in files:
+        if not file.is_file():
+            continue
+        text = file.read_text(errors="replace")
+        found += parse_deb822(text) if file.suffix == ".sources" else parse_one_line(text)
+    return found
+
+
+def mirror_for(suite: str, sources: list[Source]) -> str | None:
+    """The first mirror that carries exactly this suite's `main` (not -updates, not -security)."""
+    for source in sources:
+        if suite in source.suites and "main" in source.components:
+            return source.uri
+    return None
+
+
+def missing_packages() -> list[str]:
+    """Which of HOST_PACKAGES this machine lacks."""
+    def there(proof: str) -> bool:
+        return Path(proof).exists() if proof.startswith("/") else shutil.which(proof, path=_path()) is not None
+    return [name for name, proof in HOST_PACKAGES.items() if not there(proof)]
+
+
+def _path() -> str:
+    # mkfs, depmod and debootstrap live in sbin, which a plain user's PATH lacks.
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+def quiet(argv: list[str], log: Path, cwd: Path | None = None, fatal: bool = True) -> None:
+    """Run a long command with its output in a log; on failure show the log's end (unless not `fatal`)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        env = dict(os.environ, PATH=_path(), DEBIAN_FRONTEND="noninteractive", LC_ALL="C")
+        code = subprocess.run(argv, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=env).returncode
+    if code and fatal:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        die(f"`{' '.join(argv[:4])} …` ended with {code}; end of {log}:\n{tail}")
+
+
+def ensure_packages(logs: Path) -> None:
+    """Install what is missing, and only that. Needs root only when something is."""
+    missing = missing_packages()
+    if not missing:
+        return
+    if shutil.which("apt-get") is None:
+        die("needs " + ", ".join(missing) + " and this machine has no apt-get: the lab is NOT run here")
+    if os.geteuid() != 0:
+        die("run as root once, or first: apt-get install " + " ".join(missing))
+    with Step("apt-get install " + " ".join(missing)):
+        quiet(["apt-get", "update"], logs / "apt-update.log", fatal=False)
+        quiet(["apt-get", "install", "-y", "--no-install-recommends", *missing], logs / "apt-install.log")
+
+
+def kernel_package(meta: str = "linux-image-amd64", options: list[str] | None = None) -> str:
+    """The versioned package behind a meta package (never the cloud flavour: it cannot be a dom0)."""
+    text = subprocess.run(["apt-cache", *(options or []), "depends", meta], capture_output=True, text=True).stdout
+    match = re.search(r"Depends:\s+(linux-image-\d\S+)\s*$", text, re.M)
+    if not match:
+        die(f"apt-cache knows no {meta}: run apt-get update, or this is no Debian")
+    assert match
+    return match[1]
+
+
+def foreign(architecture: str, state: Path, log: Path) -> list[str]:
+    """Options that let apt see another architecture's packages, with lists of its own: the machine's stay as they are."""
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (state / folder).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()
+    options = ["-o", "APT::Architectures::=amd64", "-o", f"APT::Architectures::={architecture}",
+               "-o", f"Dir::State={state}", "-o", f"Dir::State::status={state}/status", "-o", f"Dir::Cache={state}/cache",
+               "-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root"]
+    # A mirror in the middle of its own update makes this fail for one list; what is needed is asked for by name next.
+    quiet(["apt-get", *options, "update"], log, fatal=False)
+    return options
+
+
+def download(names: list[str], into: Path, log: Path, options: list[str] | None = None) -> None:
+    """Fetch .deb files and unpack them into one folder without installing anything."""
+    shutil.rmtree(into, ignore_errors=True)
+    debs = into / "debs"
+    debs.mkdir(parents=True)
+    quiet(["apt-get", "-o", "APT::Sandbox::User=root", *(options or []), "download", *names], log, cwd=debs)
+    for deb in sorted(debs.glob("*.deb")):
+        quiet(["dpkg", "-x", str(deb), str(into)], log)
+    shutil.rmtree(debs)
+
+
+def debootstrap(suite: str, packages: list[str], into: Path, log: Path) -> None:
+    """A minimal Debian with these packages in `into`, from the mirror this machine uses itself."""
+    mirror = mirror_for(suite, machine_sources())
+    if mirror is None:
+        die(f"no source for {suite} main in /etc/apt: the lab needs Debian {suite}'s packages and is NOT run here")
+    if os.geteuid() != 0:
+        die("building needs root (debootstrap makes device nodes and chroots)")
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir(parents=True)
+    assert mirror
+    quiet(["debootstrap", "--variant=minbase", "--include=" + ",".join(packages), suite, str(into), mirror], log)

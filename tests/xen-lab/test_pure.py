@@ -1,0 +1,247 @@
+"""Unit tests of everything that needs no machine: `python3 -m unittest discover -s tests/xen-lab`."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import build  # noqa: E402
+import checks  # noqa: E402
+import counts  # noqa: E402
+import cpio  # noqa: E402
+import elf  # noqa: E402
+import machine  # noqa: E402
+import packages  # noqa: E402
+import recipe  # noqa: E402
+import report  # noqa: E402
+import scenario  # noqa: E402
+import wire  # noqa: E402
+import xentrace  # noqa: E402
+from guest import Disk, GuestConfig  # noqa: E402
+
+
+class Packages(unittest.TestCase):
+    def test_one_line_format(self) -> None:
+        found = packages.parse_one_line("# deb http://off x main\ndeb [signed-by=/k arch=amd64] http://a/debian s1 main contrib\n"
+                                        "deb-src http://a/debian s1 main\n")
+        self.assertEqual(found, [packages.Source("http://a/debian", ("s1",), ("main", "contrib"))])
+
+    def test_deb822_format(self) -> None:
+        text = ("Types: deb deb-src\n# http://comment\nURIs: http://a/debian\nSuites: s1 s1-updates\nComponents: main\n\n"
+                "Types: deb\nEnabled: no\nURIs: http://b\nSuites: s1\nComponents: main\n\n"
+                "Types: deb-src\nURIs: http://c\nSuites: s1\nComponents: main\n")
+        self.assertEqual(packages.parse_deb822(text), [packages.Source("http://a/debian", ("s1", "s1-updates"), ("main",))])
+
+    def test_the_suite_itself_is_wanted(self) -> None:
+        sources = [packages.Source("http://sec", ("s1-security",), ("main",)), packages.Source("http://a", ("s1",), ("contrib",)),
+                   packages.Source("http://b", ("s1-updates", "s1"), ("main",))]
+        self.assertEqual(packages.mirror_for("s1", sources), "http://b")
+        self.assertIsNone(packages.mirror_for("s2", sources))
+
+
+class Build(unittest.TestCase):
+    def test_modules_come_after_what_they_need(self) -> None:
+        table = "kernel/a/top-mod.ko: kernel/a/mid.ko kernel/a/low.ko\nkernel/a/mid.ko: kernel/a/low.ko\nkernel/a/low.ko:\n"
+        self.assertEqual(build.module_closure(table, ["top_mod", "low", "built_in"]),
+                         ["kernel/a/low.ko", "kernel/a/mid.ko", "kernel/a/top-mod.ko"])
+
+    def test_key_changes_with_every_part(self) -> None:
+        self.assertEqual(recipe.key("a", ["b"]), recipe.key("a", ["b"]))
+        self.assertNotEqual(recipe.key("a", ["b"]), recipe.key("a", ["b", "c"]))
+
+    def test_cpio_header_and_padding(self) -> None:
+        raw = cpio.entry("ab", 0o100644, b"xyz", 1)
+        self.assertEqual(len(raw) % 4, 0)
+        self.assertTrue(raw.startswith(b"070701"))
+        self.assertEqual(int(raw[54:62], 16), 3)        # c_filesize
+        self.assertEqual(int(raw[94:102], 16), 3)       # c_namesize with its NUL
+        self.assertEqual(raw[110:113], b"ab\0")
+
+    def test_cpio_of_a_tree_ends_with_its_trailer(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Path(folder)
+            (tree / "d").mkdir()
+            (tree / "d/f").write_text("hello")
+            (tree / "l").symlink_to("d/f")
+            out = io.BytesIO()
+            cpio.write(tree, out)
+        names = [name for name in (b"d\0", b"d/f\0", b"l\0", b"TRAILER!!!\0") if name in out.getvalue()]
+        self.assertEqual(len(names), 4)
+
+    def test_a_program_without_its_library(self) -> None:
+        """Strike libraries from a real program of this machine; what is kept still has to resolve."""
+        data = Path("/bin/ls").read_bytes()
+        try:
+            program = elf.Program(data)
+        except ValueError as error:
+            self.skipTest(f"/bin/ls: {error}")
+        before = program.needed()
+        struck = program.keep_only(["libc.so", "ld-linux"])
+        self.assertEqual(len(program.data), len(data))
+        self.assertEqual(sorted(before), sorted(struck + elf.Program(bytes(program.data)).needed()))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "ls"
+            file.write_bytes(program.data)
+            file.chmod(0o755)
+            done = subprocess.run([str(file), "--version"], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_not_an_elf_file(self) -> None:
+        self.assertRaises(ValueError, elf.Program, b"#!/bin/sh\n" * 20)
+
+
+class Wire(unittest.TestCase):
+    def test_lines_in_pieces_and_junk(self) -> None:
+        lines = wire.Lines()
+        data = b'cut line"}\n' + wire.encode({"id": 1, "out": wire.pack(b"\0\xff\n")}) + wire.encode({"id": 1, "exit": 0})
+        found = []
+        for start in range(0, len(data), 7):
+            found += lines.feed(data[start:start + 7])
+        self.assertEqual([message["id"] for message in found], [1, 1])
+        self.assertEqual(wire.unpack(found[0]["out"]), b"\0\xff\n")
+        self.assertEqual(lines.junk, [b'cut line"}'])
+
+    def test_one_message_is_one_line(self) -> None:
+        self.assertEqual(wire.encode({"argv": ["a\nb"]}).count(b"\n"), 1)
+
+
+class Guests(unittest.TestCase):
+    def test_disk_spec(self) -> None:
+        disk = Disk("/dev/loop0", "xvdb", "ro")
+        self.assertEqual(disk.spec("kernel"), disk.spec("ours"))
+        self.assertEqual(disk.spec("kernel"), "format=raw,vdev=xvdb,access=ro,target=/dev/loop0")
+        self.assertIn("backendtype=qdisk,", disk.spec("qdisk"))
+        self.assertEqual([Disk("", f"xvd{letter}").number() for letter in "abp"], [51712, 51728, 51952])
+        self.assertRaises(ValueError, Disk("", "xvdq1").number)
+
+    def test_config(self) -> None:
+        text = GuestConfig("g", root="xvda", disks=[Disk("/i", "xvda")], blkfront={"max_queues": 2}).text("ours")
+        self.assertIn("lab.root=xvda", text)
+        self.assertIn("lab.blkfront=max_queues=2", text)
+        self.assertIn('disk=["format=raw,vdev=xvda,access=rw,target=/i"]', text)
+
+
+class Logs(unittest.TestCase):
+    def test_trouble_is_found(self) -> None:
+        log = "[ 1.0] fine\n[ 2.0] WARNING: CPU: 0 PID: 1 at x.c:1\n[ 3.0] INFO: task fio:1 blocked for more than 120 seconds.\n"
+        self.assertEqual(len(checks.trouble(log, checks.KERNEL_TROUBLE)), 2)
+
+    def test_an_allowed_stall_takes_its_trace_along(self) -> None:
+        log = ("[ 9.0] watchdog: BUG: soft lockup - CPU#1 stuck for 23s! [fio:7]\n[ 9.1] Call Trace:\n"
+               "[ 9.5] BUG: unable to handle page fault\n[ 9.6] Call Trace:\n")
+        self.assertEqual(checks.trouble(log, checks.KERNEL_TROUBLE),
+                         ["[ 9.5] BUG: unable to handle page fault", "[ 9.6] Call Trace:"])
+
+    def test_every_allowed_line_has_a_reason(self) -> None:
+        for entry in checks.ALLOWED:
+            self.assertGreater(len(entry.reason), 20, entry.pattern)
+
+    def test_backend_errors(self) -> None:
+        log = "2026 INFO blkback: error=0 fine\n2026 ERROR blkback: image gone\nthread 'q' panicked at a.rs:1\n"
+        self.assertEqual(len(checks.trouble(log, checks.BACKEND_TROUBLE)), 2)
+
+    def test_tolerated(self) -> None:
+        self.assertEqual(checks.expect("a b\nc d", ["^a"]), ["c d"])
+
+    def test_hypervisor_complaints(self) -> None:
+        log = "(XEN) grant_table.c:803:d0v1 Bad flags (0) or dom (0); expected d0\n(XEN) gnttab_usage_print_all ] done\n"
+        self.assertEqual(len(checks.trouble(log, checks.XEN_TROUBLE)), 1)
+
+
+class Counts(unittest.TestCase):
+    TEXT = ("xenstore 40\nports 12\nbackend-fds 9\nBEGIN-XEN\n(XEN) [0x000]  0 0x1 old\n(XEN) gnttab_usage_print_all [ key\n(XEN) grant-table for remote d1 (v1)\n"
+            "(XEN) [0x000]      0 0x11e602 0x00000002          0 0x004a02 0x19\n"
+            "(XEN) [0x008]      0 0x11e700 0x00000002          0 0x004b02 0x19\n(XEN) no active grant table entries\n")
+
+    def test_parse(self) -> None:
+        self.assertEqual(counts.parse(self.TEXT), {"xenstore": 40, "ports": 12, "backend-fds": 9, "grants": 2})
+
+    def test_leaks(self) -> None:
+        self.assertEqual(counts.leaks({"a": 1, "b": 2}, {"a": 2, "b": 1, "new": 5}), ["a: 1 → 2"])
+
+
+class Trace(unittest.TestCase):
+    @staticmethod
+    def record(event: int, *arguments: int, time: bool = True) -> bytes:
+        head = event | len(arguments) << 28 | (1 << 31 if time else 0)
+        return struct.pack("<I", head) + (b"\0" * 8 if time else b"") + struct.pack(f"<{len(arguments)}I", *arguments)
+
+    def test_grant_operations_are_summed(self) -> None:
+        call = xentrace.GRANT_TABLE_OP | 1 << 20 | 1 << 24
+        data = (self.record(0x0001F003, 1, 8, time=False) + self.record(xentrace.HYPERCALL, call, 0, 7)
+                + self.record(xentrace.HYPERCALL, call, 5, 2) + self.record(xentrace.SUBCALL, call, 5, 3, time=False)
+                + self.record(xentrace.HYPERCALL, xentrace.EVENT_CHANNEL_OP))
+        found = xentrace.count(data)
+        self.assertEqual((found["map"], found["map calls"], found["copy"], found["copy calls"]), (7, 1, 5, 2))
+        self.assertEqual(found["event-channel calls"], 1)
+
+    def test_a_cut_record_ends_it(self) -> None:
+        self.assertEqual(list(xentrace.records(self.record(5, 1, 2)[:-2])), [])
+
+
+class Scenarios(unittest.TestCase):
+    def test_all_load(self) -> None:
+        found = scenario.load()
+        self.assertGreater(len(found), 5)
+        for entry in found:
+            self.assertTrue(entry.about and set(entry.backends) <= {"kernel", "qdisk", "ours"})
+
+    def test_choose(self) -> None:
+        def nothing(lab: object) -> None: ...
+        some = [scenario.Scenario("a", "", nothing), scenario.Scenario("b", "", nothing, by_name_only=True),
+                scenario.Scenario("q", "", nothing, backends=("qdisk", "kernel"))]
+        titles = [run.title for run in scenario.choose(some, [], ["kernel", "ours", "qdisk"])]
+        self.assertEqual(titles, ["a[ours]", "q[qdisk]", "a[kernel]", "q[kernel]"])
+        self.assertEqual([run.title for run in scenario.choose(some, ["b", "q[qdisk]"], ["kernel", "qdisk"])], ["q[qdisk]", "b[kernel]"])
+        self.assertRaises(KeyError, scenario.choose, some, ["nope"], ["kernel"])
+
+    def test_defaults(self) -> None:
+        def nothing(lab: object) -> None: ...
+        some = [scenario.Scenario("a", "", nothing), scenario.Scenario("m", "", nothing, ("kernel", "qdisk", "ours"), compare=True)]
+        self.assertEqual([run.title for run in scenario.choose_default(some, [], True)],
+                         ["a[ours]", "m[ours]", "m[kernel]", "m[qdisk]"])
+        self.assertEqual([run.title for run in scenario.choose_default(some, ["a"], True)], ["a[ours]"])
+        self.assertEqual([run.title for run in scenario.choose_default(some, [], False)], ["m[qdisk]", "a[kernel]", "m[kernel]"])
+
+    def test_the_matrix_has_every_value(self) -> None:
+        scenario.load()
+        module = sys.modules["scenarios.blkfront_matrix"]
+        covered = module.pairs(module.ROWS)
+        for position, values in enumerate(([0, 1, 2, 3, 4], [1, 2, 3, 4], [0, 32, 256], [False, True])):
+            for value in values:
+                self.assertIn((position, value), covered)
+
+    def test_report(self) -> None:
+        def nothing(lab: object) -> None: ...
+        one = scenario.Scenario("t", "", nothing)
+        outcomes = [scenario.Outcome(scenario.Run(one, "kernel"), True, 1.0, "", [("time", "4.0 s")]),
+                    scenario.Outcome(scenario.Run(one, "ours"), False, 2.0, "because", [("time", "2.0 s")])]
+        text = report.table(outcomes)
+        self.assertIn("t[ours]    FAILED", text)
+        self.assertIn("because", text)
+        self.assertEqual(report.ratios(outcomes), ["t: time: kernel 4, ours 2 (2.00×; follows the host load)"])
+
+
+class Machines(unittest.TestCase):
+    def test_command_line_holds_what_emulation_needs(self) -> None:
+        images = build.Images(Path("/cache"))
+        line = " ".join(machine.Machine(images, Path("/cache/payload.img")).command())
+        for needed in ("-smap", "-avx", "-rdtscp", "snapshot=on", "lab.control", "tcg"):
+            self.assertIn(needed, line)
+
+    def test_a_stale_pid_file_is_no_machine(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertIsNone(machine.running_pid(Path(folder)))
+            (Path(folder) / "qemu.pid").write_text("1\n")
+            self.assertIsNone(machine.running_pid(Path(folder)))
+
+
+if __name__ == "__main__":
+    unittest.main()
