@@ -9,15 +9,17 @@ use std::time::Duration;
 use blkback::front::{Frontend, Options};
 use blkback::vdev::Vdev;
 use hypervisor::emu::{GuestOptions, GuestSeat};
-use hypervisor::{Guest, Machine, PAGE_SIZE};
+use hypervisor::xen::XenGuest;
+use hypervisor::{Guest, Machine};
 use xenstore_client::Client;
 use xenstore_client::xenbus::{State, toolstack};
 
 use crate::Failure;
 use crate::guest_disk::GuestDisk;
 use crate::nbd::{Config, Server};
+use crate::verify;
 
-/// Be an emulated guest, and offer its disk to programs as an NBD server
+/// Be a guest, and offer its disk to programs as an NBD server
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "In one terminal each:\n  \
     emu-xen serve --dir /tmp/xen\n  \
@@ -27,15 +29,18 @@ use crate::nbd::{Config, Server};
     blkback attach guest /srv/disk.img,raw,xvda,rw --hypervisor emu:/tmp/xen\n  \
     fio --name=try --ioengine=nbd --uri='nbd+unix:///?socket=/tmp/disk.sock' --rw=randrw --verify=crc32c --size=64m")]
 pub struct Arguments {
-    /// The machine to join: emu:DIR
+    /// The machine: emu:DIR to be a new guest of it, or xen for this domain itself to play the frontend
     #[arg(long, value_name = "MACHINE")]
     pub hypervisor: Machine,
     /// The guest's name
     #[arg(long, default_value = "guest")]
     pub name: String,
     /// Where to offer the disk: unix:PATH
-    #[arg(long, value_name = "unix:PATH")]
-    pub nbd: NbdAddress,
+    #[arg(long, value_name = "unix:PATH", required_unless_present = "verify")]
+    pub nbd: Option<NbdAddress>,
+    /// Instead of offering the disk, overwrite it with a pattern, read it back, compare, and end
+    #[arg(long, conflicts_with = "nbd")]
+    pub verify: bool,
     /// Which of its disks; it is waited for
     #[arg(long, default_value = "xvda", value_parser = |text: &str| Vdev::parse(text))]
     pub vdev: Vdev,
@@ -75,8 +80,8 @@ impl FromStr for NbdAddress {
     }
 }
 
-/// Pages of data for each queue: a few of the largest requests.
-const POOL_PAGES: usize = 2048;
+/// Pages of data for each queue: two of the largest requests. /dev/xen/gntalloc gives 1024 pages in all.
+const POOL_PAGES: usize = 512;
 /// How often a signal is looked for.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -86,25 +91,21 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A sentence for whoever typed the command.
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(std::io::stderr).try_init()?;
-    let Machine::Emulated(dir) = &arguments.hypervisor else {
-        return Err("an emulated guest lives on an emulated machine: --hypervisor emu:DIR".into());
-    };
     let stop = stop_on_signals()?;
     let memory_pages = ((POOL_PAGES + 512 + 16) * arguments.queues as usize + 64) as u32;
-    let options = GuestOptions { name: arguments.name.clone(), memory_pages, ..GuestOptions::default() };
-    let guest = Arc::new(GuestSeat::join(dir, options)?);
-    let store = Guest::store(&*guest)?;
-    let domid = Guest::domid(&*guest);
-    println!(
-        "domain {domid} ({}) with {} MiB waits for its disk {}",
-        arguments.name,
-        (memory_pages as usize * PAGE_SIZE) >> 20,
-        arguments.vdev.name()
-    );
+    let guest: Arc<dyn Guest> = match &arguments.hypervisor {
+        Machine::Emulated(dir) => {
+            let options = GuestOptions { name: arguments.name.clone(), memory_pages, ..GuestOptions::default() };
+            Arc::new(GuestSeat::join(dir, options)?)
+        }
+        Machine::Xen => Arc::new(XenGuest::open()?),
+    };
+    let (store, domid) = (guest.store()?, guest.domid());
+    println!("domain {domid} ({}) waits for its disk {}", arguments.name, arguments.vdev.name());
     let device = format!("{}/device/vbd/{}", domid.home(), arguments.vdev.number());
     while wait_for(&store, &format!("{device}/state"), &[State::Initialising], &stop)? {
         serve(arguments, &guest, &store, &stop)?;
-        if arguments.once {
+        if arguments.once || arguments.verify {
             break;
         }
     }
@@ -112,7 +113,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Failure> {
 }
 
 /// Serves one life of the disk.
-fn serve(arguments: &Arguments, guest: &Arc<GuestSeat>, store: &Client, stop: &AtomicBool) -> Result<(), Failure> {
+fn serve(arguments: &Arguments, guest: &Arc<dyn Guest>, store: &Client, stop: &AtomicBool) -> Result<(), Failure> {
     let options = Options {
         protocol: arguments.protocol,
         ring_order: arguments.ring_order,
@@ -121,8 +122,7 @@ fn serve(arguments: &Arguments, guest: &Arc<GuestSeat>, store: &Client, stop: &A
         pool_pages: POOL_PAGES,
         ..Options::default()
     };
-    let guest: Arc<dyn Guest> = guest.clone();
-    let mut front = Frontend::connect(guest, arguments.vdev.number(), &options)?;
+    let mut front = Frontend::connect(Arc::clone(guest), arguments.vdev.number(), &options)?;
     let queues = front.take_queues();
     println!(
         "{} is connected: {} sectors, {} queue(s), {}",
@@ -132,14 +132,32 @@ fn serve(arguments: &Arguments, guest: &Arc<GuestSeat>, store: &Client, stop: &A
         if front.disk().read_only() { "read-only" } else { "writable" },
     );
     let (disk, threads) = GuestDisk::start(front.disk(), queues)?;
+    let outcome = match &arguments.nbd {
+        Some(address) => offer(arguments, address, &front, &disk, store, stop),
+        None => verify::run(&disk, |done| println!("{done}")).map(drop),
+    };
+    let queues = disk.stop(threads)?;
+    outcome?;
+    front.close(queues)?;
+    println!("{} is gone", arguments.vdev.name());
+    Ok(())
+}
+
+/// Offers the disk as an NBD server until the backend lets go of it.
+fn offer(
+    arguments: &Arguments,
+    address: &NbdAddress,
+    front: &Frontend,
+    disk: &Arc<GuestDisk>,
+    store: &Client,
+    stop: &AtomicBool,
+) -> Result<(), Failure> {
     let config = Config { name: String::new(), description: arguments.vdev.name(), ..Config::default() };
-    let server = Server::listen(&arguments.nbd.0, disk.clone(), config)?;
+    let server = Server::listen(&address.0, disk.clone(), config)?;
     println!("{}", server.uri());
     let state = format!("{}/state", front.backend_path());
     wait_for(store, &state, &[State::Closing, State::Closed], stop)?;
     server.stop();
-    front.close(disk.stop(threads)?)?;
-    println!("{} is gone", arguments.vdev.name());
     Ok(())
 }
 

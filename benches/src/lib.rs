@@ -20,6 +20,7 @@ pub mod placement;
 pub mod raw;
 pub mod table;
 pub mod tour;
+pub mod verify;
 
 /// What the commands fail with: a sentence for whoever typed them.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

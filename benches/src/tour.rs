@@ -1,11 +1,10 @@
 //! The tour: one disk from the toolstack's keys to the last byte, checked, and measured.
 
 use std::io::Write as _;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use blkback::front::{Frontend, Options};
 use blkback::spec::DiskSpec;
@@ -17,12 +16,10 @@ use crate::disk;
 use crate::guest_disk::GuestDisk;
 use crate::load::Pattern;
 use crate::machine::Machine;
-use crate::nbd::{Command, Completion, Disk as _};
 use crate::table::{Table, grouped};
+use crate::verify;
 
 const IMAGE_SIZE: u64 = 1 << 30;
-/// What is written: blocks of many sizes, spread over the whole disk.
-const BLOCKS: u64 = 1500;
 
 struct Steps {
     began: Instant,
@@ -33,48 +30,6 @@ impl Steps {
         println!("{:7.3} s  {text}", self.began.elapsed().as_secs_f64());
         // Nothing can be done about a terminal that has gone away.
         let _ = std::io::stdout().flush();
-    }
-}
-
-/// Block `number`: where it is, and how long.
-fn block(number: u64) -> (u64, usize) {
-    let spread = IMAGE_SIZE / BLOCKS / 512 * 512;
-    let sectors = 1 + (number * 7919) % 256;
-    (number * spread, (sectors * 512) as usize)
-}
-
-/// What is written there: every 8 bytes say where they belong and in which generation.
-fn contents(offset: u64, len: usize, generation: u64) -> Vec<u8> {
-    (0..len as u64 / 8).flat_map(|word| ((offset + word * 8) ^ generation << 48 ^ 0x5aa5).to_le_bytes()).collect()
-}
-
-/// Commands to the guest's disk, many at a time.
-fn all(disk: &GuestDisk, commands: impl Iterator<Item = Command>) -> Result<Vec<(usize, Vec<u8>)>, Failure> {
-    let (sender, answers) = mpsc::channel();
-    let mut sent = 0;
-    for (number, command) in commands.enumerate() {
-        let sender = sender.clone();
-        disk.submit(
-            command,
-            Completion::new(move |answer| {
-                // The receiver outlives all answers, or nobody wants them any more.
-                let _ = sender.send((number, answer));
-            }),
-        );
-        sent += 1;
-    }
-    let mut done = Vec::with_capacity(sent);
-    for _ in 0..sent {
-        let (number, answer) = answers.recv_timeout(Duration::from_secs(30)).map_err(|_| "an answer did not come")?;
-        done.push((number, answer.map_err(|errno| format!("request {number} failed: errno {errno}"))?));
-    }
-    Ok(done)
-}
-
-fn check(what: &str, offset: u64, found: &[u8], expected: &[u8]) -> Result<(), Failure> {
-    match found.iter().zip(expected).position(|(found, expected)| found != expected) {
-        None if found.len() == expected.len() => Ok(()),
-        at => Err(format!("{what}: byte {} is not what was written", offset + at.unwrap_or(0) as u64).into()),
     }
 }
 
@@ -101,20 +56,25 @@ pub fn run() -> Result<(), Failure> {
     show_keys(&machine, domid, spec.vdev.number())?;
 
     let (disk, threads) = GuestDisk::start(&front.disk().clone(), front.take_queues())?;
-    let verified = verify(&steps, &disk, &image);
+    let verified = verify::run(&disk, |done| steps.say(done));
     let queues = disk.stop(threads)?;
-    let (verified, requests) = verified?;
+    let verified = verified?;
     let counted = machine.counters().since(&before);
     front.close(queues)?;
     machine.detach(domid, spec.vdev)?;
     // A guest's seat is its domain: it had to outlive the disk.
     drop(guest);
-    check_file(&image)?;
-    steps.say("detached; the file itself, read by the host, holds the same");
+    let on_the_host = verify::check_file(&image)?;
+    let taken = std::fs::metadata(&image)?.blocks() * 512;
+    steps.say(format!(
+        "detached; the file, read by the host, holds the same, and takes {} MiB of its {}",
+        taken >> 20,
+        IMAGE_SIZE >> 20
+    ));
 
     let mut table = Table::new(["what happened", ""]);
-    table.row(["bytes verified".into(), grouped(verified)]);
-    table.row(["commands to the guest's disk".into(), grouped(requests)]);
+    table.row(["bytes compared, by the guest and by the host".into(), grouped(verified.bytes + on_the_host)]);
+    table.row(["commands to the guest's disk".into(), grouped(verified.commands)]);
     table.row(["pages mapped once and kept (persistent grants)".into(), grouped(counted.maps)]);
     table.row(["grant copies".into(), grouped(counted.copies)]);
     table.row(["notifications, both ways".into(), grouped(counted.notifications)]);
@@ -141,70 +101,6 @@ fn show_keys(machine: &Machine, domid: DomId, devid: u32) -> Result<(), Failure>
         }
     }
     println!("\n{table}");
-    Ok(())
-}
-
-/// Writes, flushes, reads back, writes over, discards. Returns bytes verified and commands given.
-fn verify(steps: &Steps, disk: &GuestDisk, image: &Path) -> Result<(u64, u64), Failure> {
-    let write = |generation: u64, every: u64| {
-        (0..BLOCKS).filter(move |number| number % every == 0).map(move |number| {
-            let (offset, len) = block(number);
-            Command::Write { offset, data: contents(offset, len, generation), fua: false }
-        })
-    };
-    all(disk, write(1, 1))?;
-    // Every third block is written over, so that an old version shows.
-    all(disk, write(2, 3))?;
-    all(disk, std::iter::once(Command::Flush))?;
-    let bytes: u64 = (0..BLOCKS).map(|number| block(number).1 as u64).sum();
-    steps.say(format!(
-        "{BLOCKS} blocks of 512 bytes to 128 KiB written all over the disk ({} MiB), flushed",
-        bytes >> 20
-    ));
-
-    let reads = (0..BLOCKS).map(|number| {
-        let (offset, len) = block(number);
-        Command::Read { offset, len: len as u32 }
-    });
-    for (number, data) in all(disk, reads)? {
-        let (offset, len) = block(number as u64);
-        check("read by the guest", offset, &data, &expected(number as u64, offset, len))?;
-    }
-    steps.say("read back by the guest: every byte is what was written last");
-
-    let before = std::fs::metadata(image)?.blocks() * 512;
-    if disk.geometry().trim {
-        let discards = (0..BLOCKS).filter(|number| number % 5 == 4).map(|number| {
-            let (offset, len) = block(number);
-            Command::Trim { offset, len: len as u32 }
-        });
-        all(disk, discards)?;
-        all(disk, std::iter::once(Command::Flush))?;
-        let after = std::fs::metadata(image)?.blocks() * 512;
-        let freed = before.saturating_sub(after) >> 20;
-        steps.say(format!("a fifth of the blocks discarded: the file gave back {freed} MiB of {}", before >> 20));
-    } else {
-        steps.say("discard not shown: the file system here cannot punch holes");
-    }
-    Ok((2 * bytes, 2 * BLOCKS + BLOCKS / 3 + BLOCKS / 5 + 2))
-}
-
-fn expected(number: u64, offset: u64, len: usize) -> Vec<u8> {
-    contents(offset, len, if number.is_multiple_of(3) { 2 } else { 1 })
-}
-
-/// The host's view of the image after the guest has let go of it.
-fn check_file(image: &Path) -> Result<(), Failure> {
-    let file = std::fs::File::open(image)?;
-    for number in 0..BLOCKS {
-        let (offset, len) = block(number);
-        let mut data = vec![0; len];
-        file.read_exact_at(&mut data, offset)?;
-        let discarded = number % 5 == 4 && data.iter().all(|&byte| byte == 0);
-        if !discarded {
-            check("read by the host", offset, &data, &expected(number, offset, len))?;
-        }
-    }
     Ok(())
 }
 

@@ -28,7 +28,7 @@ script=/etc/xen/scripts/block
 binary=/run/lab-blkback         # put there by run.py --on-kept --binary
 [ -e $binary ] || binary=/lab/bin/blkback
 mount --bind $binary $script
-RUST_LOG=${LAB_RUST_LOG:-info} RUST_BACKTRACE=1 setsid $binary serve \
+RUST_LOG=${LAB_RUST_LOG:-info} RUST_BACKTRACE=1 setsid $binary serve --queues 4 \
     >> /var/log/lab/blkback.log 2>&1 < /dev/null &
 echo $! > /run/lab-backend.pid
 sleep 1

@@ -41,7 +41,7 @@ def archive(tree: Path) -> bytes:
 def make(images: build.Images, binary: Path | None) -> Path:
     """Build the payload disk and return it. The layout below /lab is what scenarios rely on:
 
-    boot/vmlinux, boot/guest.cpio, boot/vmlinux-i386, boot/guest-i386.cpio, guest-root.img, bin/blkback, dom0/agent.py
+    boot/vmlinux, boot/guest.cpio, boot/vmlinux-i386, boot/guest-i386.cpio, guest-root.img, bin/blkback, bin/dom0-bench (if built beside it), dom0/agent.py
     """
     image = images.cache / "payload.img"
     tree = images.cache / "payload"
@@ -57,6 +57,10 @@ def make(images: build.Images, binary: Path | None) -> Path:
         if binary:
             shutil.copy(binary, tree / "bin/blkback")
             (tree / "bin/blkback").chmod(0o755)
+            # dom0 can play a guest with it.
+            bench = binary.with_name("dom0-bench")
+            if bench.is_file():
+                shutil.copy(bench, tree / "bin/dom0-bench")
 
         overlay = images.cache / "guest-overlay"
         shutil.rmtree(overlay, ignore_errors=True)

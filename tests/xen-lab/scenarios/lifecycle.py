@@ -69,6 +69,27 @@ def pause_and_destroy(lab: Lab) -> None:
     lab.wait_gone("victim")
 
 
+def vanish(lab: Lab) -> None:
+    """A frontend whose directory goes away under it, as when a toolstack is killed halfway through a destroy."""
+    image = lab.image("data", "16M")
+    guest = lab.guest(GuestConfig("ghost", disks=[Disk(image, "xvda")]))
+    guest.run(BUSY.format(vdev="xvda"))
+    domid = guest.domid()
+    lab.keep_dmesg(guest)
+
+    lab.step("the frontend's directory is removed under load")
+    lab.sh(f"xenstore-rm /local/domain/{domid}/device/vbd/51712")
+    state = f"/local/domain/0/backend/vbd/{domid}/51712/state"
+    lab.sh(f"for i in $(seq 200); do [ \"$(xenstore-read {state})\" = 6 ] && exit 0; sleep 0.1; done; "
+           f"echo the backend stayed in state $(xenstore-read {state}); exit 1")
+    guest.destroy()
+    lab.wait_gone("ghost")
+
+    lab.step("the file can be served again")
+    again = lab.guest(GuestConfig("again", disks=[Disk(image, "xvda")]))
+    again.run("dd if=/dev/xvda of=/dev/null bs=64k count=8 iflag=direct")
+
+
 def reboot(lab: Lab) -> None:
     image = lab.root_image("root")
     guest = lab.guest(GuestConfig("phoenix", root="xvda", disks=[Disk(image, "xvda")]))
@@ -115,3 +136,4 @@ ATTACH = Scenario("attach-detach", "xl block-attach, block-list, block-detach, a
 DESTROY = Scenario("pause-destroy", "pause, unpause, destroy with I/O in flight", pause_and_destroy, order=21)
 REBOOT = Scenario("reboot", "reboot of a guest with its root on a sparse file", reboot, order=22)
 SAVE = Scenario("save-restore", "xl save and restore with I/O in flight, data compared", save_restore, order=23)
+VANISH = Scenario("vanish", "a frontend that vanishes from XenStore under load", vanish, backends=("ours",), order=33)
