@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use hypervisor::PAGE_SIZE;
 use hypervisor::memory::Mapping;
@@ -39,9 +40,9 @@ proptest! {
     fn the_ring_is_a_pair_of_queues(start in starts(), stride in prop_oneof![Just(108usize), Just(112), Just(8), Just(12)],
                                     pages in 1usize..=4, steps in steps()) {
         let layout = Layout::new(stride, pages);
-        let memory = Mapping::anonymous(pages * PAGE_SIZE).unwrap();
-        let mut front = FrontRing::init_at(&memory, layout, start);
-        let mut back = BackRing::attach(&memory, layout, start);
+        let memory = Arc::new(Mapping::anonymous(pages * PAGE_SIZE).unwrap());
+        let mut front = FrontRing::init_at(Arc::clone(&memory), layout, start);
+        let mut back = BackRing::attach(Arc::clone(&memory), layout, start);
 
         let (mut written, mut visible, mut taken) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
         let (mut answered, mut answers) = (VecDeque::new(), VecDeque::new());
@@ -109,10 +110,10 @@ proptest! {
 
     #[test]
     fn an_impossible_request_producer_is_an_overflow(start in starts(), jump in 33u32..=u32::MAX) {
-        let memory = Mapping::anonymous(PAGE_SIZE).unwrap();
+        let memory = Arc::new(Mapping::anonymous(PAGE_SIZE).unwrap());
         let layout = Layout::new(112, 1);
-        let _front = FrontRing::init_at(&memory, layout, start);
-        let mut back = BackRing::attach(&memory, layout, start);
+        let _front = FrontRing::init_at(Arc::clone(&memory), layout, start);
+        let mut back = BackRing::attach(Arc::clone(&memory), layout, start);
         memory.write_record(ring::layout::REQ_PROD, &start.wrapping_add(jump).to_le_bytes());
         let expected = Overflow { name: "req_prod", index: start.wrapping_add(jump), base: start, size: 32 };
         prop_assert_eq!(back.pending(), Err(expected));
@@ -122,8 +123,8 @@ proptest! {
 
     #[test]
     fn an_impossible_response_producer_is_an_overflow(start in starts(), asked in 0u32..=32, jump in any::<u32>()) {
-        let memory = Mapping::anonymous(PAGE_SIZE).unwrap();
-        let mut front = FrontRing::init_at(&memory, Layout::new(112, 1), start);
+        let memory = Arc::new(Mapping::anonymous(PAGE_SIZE).unwrap());
+        let mut front = FrontRing::init_at(Arc::clone(&memory), Layout::new(112, 1), start);
         for _ in 0..asked {
             front.request(&[0; 8]);
         }
@@ -136,10 +137,10 @@ proptest! {
 /// A producer that goes back by one after its request was taken: seen from rsp_prod it is still in range.
 #[test]
 fn a_producer_cannot_take_back_what_was_consumed() {
-    let memory = Mapping::anonymous(PAGE_SIZE).unwrap();
+    let memory = Arc::new(Mapping::anonymous(PAGE_SIZE).unwrap());
     let layout = Layout::new(112, 1);
-    let mut front = FrontRing::init(&memory, layout);
-    let mut back = BackRing::attach(&memory, layout, 0);
+    let mut front = FrontRing::init(Arc::clone(&memory), layout);
+    let mut back = BackRing::attach(Arc::clone(&memory), layout, 0);
     front.request(&[0; 8]);
     front.request(&[0; 8]);
     assert!(front.publish());
@@ -152,10 +153,10 @@ fn a_producer_cannot_take_back_what_was_consumed() {
 #[test]
 #[should_panic(expected = "a response without a request")]
 fn answering_twice_panics() {
-    let memory = Mapping::anonymous(PAGE_SIZE).unwrap();
+    let memory = Arc::new(Mapping::anonymous(PAGE_SIZE).unwrap());
     let layout = Layout::new(112, 1);
-    let mut front = FrontRing::init(&memory, layout);
-    let mut back = BackRing::attach(&memory, layout, 0);
+    let mut front = FrontRing::init(Arc::clone(&memory), layout);
+    let mut back = BackRing::attach(Arc::clone(&memory), layout, 0);
     front.request(&[0; 8]);
     assert!(front.publish());
     back.pending().unwrap();
