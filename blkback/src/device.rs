@@ -7,10 +7,10 @@ use hypervisor::Backend;
 use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 
 use crate::counters::Counters;
+use crate::health::Health;
 use crate::hotplug;
 use crate::image::{Image, ImageError, Problem};
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS, Limits};
-use crate::queue::Health;
 use crate::request::Shape;
 use crate::spec::Access;
 use crate::worker::{Plan, Report, Worker};

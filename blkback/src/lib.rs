@@ -1,7 +1,8 @@
 //! blkback: Xen's block backend in user space.
 //!
 //! From the wire upwards: [`abi`] knows the bytes, [`request`] what they ask for, [`negotiate`] what both sides agree
-//! on; [`image`] opens a disk, [`lock`] claims it, [`storage`] runs its I/O; [`grants`] gets at the guest's pages;
+//! on; [`image`] opens a disk, [`lock`] claims it, [`storage`] runs its I/O; [`health`] says whether it
+//! still keeps its promises; [`grants`] gets at the guest's pages;
 //! [`queue`] brings all of that together for one ring, [`worker`] gives it a thread, [`device`] a life. [`spec`] and
 //! [`vdev`] read what administrators type, [`toolstack`] does what `xl` would, [`hotplug`]
 //! is the program that `xl` runs for a disk, [`cli`] is the program.
@@ -15,6 +16,7 @@ pub mod device;
 #[cfg(feature = "frontend")]
 pub mod front;
 pub mod grants;
+pub mod health;
 pub mod hotplug;
 pub mod image;
 pub mod lock;

@@ -14,8 +14,8 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use hypervisor::memory::{IoList, Mapping};
 use hypervisor::{CopyDirection, CopyOp, EventChannel, GrantStatus};
@@ -24,6 +24,7 @@ use ring::{BackRing, Overflow};
 use crate::abi::{DIRECT_SEGMENTS, Protocol, Response, SECTOR, SEGMENT_SIZE, SEGMENTS_PER_PAGE, Segment, Slot, Status};
 use crate::counters::Counters;
 use crate::grants::Grants;
+use crate::health::{Health, Permit};
 use crate::log_gate::LogGate;
 use crate::request::{self, Refusal, Shape, Transfer, Work};
 use crate::storage::{Done, Storage};
@@ -31,25 +32,6 @@ use crate::storage::{Done, Storage};
 /// Requests taken in one turn. Enough to share the price of a system call; few enough that the guest can refill the
 /// ring while we work on the rest of it.
 const BATCH: u32 = 16;
-
-/// Whether a disk still keeps its promises; shared by its queues.
-#[derive(Debug, Default)]
-pub struct Health {
-    flush_failed: AtomicBool,
-}
-
-impl Health {
-    /// Whether a flush has failed. What was written since the last good one may be lost, and asking again would get
-    /// a false yes: the kernel reports such an error once. So there is no way back.
-    #[inline]
-    pub fn flush_failed(&self) -> bool {
-        self.flush_failed.load(Ordering::Acquire)
-    }
-
-    fn fail_flush(&self) {
-        self.flush_failed.store(true, Ordering::Release);
-    }
-}
 
 /// Why a queue must stop.
 #[derive(Debug, thiserror::Error)]
@@ -167,6 +149,8 @@ pub struct Parts<S> {
     pub shape: Shape,
     /// Shared with the disk's other queues.
     pub health: Arc<Health>,
+    /// An eventfd that is written to when another queue's flush has ended and this one's may begin.
+    pub wake: Arc<OwnedFd>,
     /// Read by others.
     pub counters: Arc<Counters>,
 }
@@ -181,6 +165,7 @@ pub struct Queue<S> {
     storage: S,
     shape: Shape,
     health: Arc<Health>,
+    wake: Arc<OwnedFd>,
     counters: Arc<Counters>,
     flights: Vec<Flight>,
     /// Places in `flights` that are free.
@@ -188,6 +173,9 @@ pub struct Queue<S> {
     /// Copies of this turn, and which flight each run of them belongs to.
     batch: Vec<CopyOp>,
     batched: Vec<(u32, Range<usize>)>,
+    /// Flights that wait for a flush, and those that the flush under way serves.
+    flush_waiting: Vec<u32>,
+    flush_running: Vec<u32>,
     /// Segments of the request at hand.
     segments: Vec<Segment>,
     /// Lists to be used again.
@@ -198,7 +186,7 @@ pub struct Queue<S> {
 impl<S: Storage> Queue<S> {
     /// Puts a queue together. The frontend may already have made requests.
     pub fn new(parts: Parts<S>) -> Self {
-        let Parts { ring, protocol, grants, channel, storage, shape, health, counters } = parts;
+        let Parts { ring, protocol, grants, channel, storage, shape, health, wake, counters } = parts;
         let entries = ring.layout().entries();
         let most = shape.indirect.max(DIRECT_SEGMENTS);
         assert!(shape.indirect <= SEGMENTS_PER_PAGE, "indirect descriptors are read from one page");
@@ -210,11 +198,14 @@ impl<S: Storage> Queue<S> {
             storage,
             shape,
             health,
+            wake,
             counters,
             flights: (0..entries).map(|_| Flight::default()).collect(),
             free: (0..entries).rev().collect(),
             batch: Vec::with_capacity(BATCH as usize * most),
             batched: Vec::with_capacity(entries as usize),
+            flush_waiting: Vec::with_capacity(entries as usize),
+            flush_running: Vec::with_capacity(entries as usize),
             segments: Vec::with_capacity(most),
             lists: (0..entries).map(|_| IoList::with_capacity(DIRECT_SEGMENTS)).collect(),
             log: LogGate::default(),
@@ -256,8 +247,9 @@ impl<S: Storage> Queue<S> {
     /// As [`turn`](Self::turn).
     pub fn drain(&mut self) -> Result<Progress, Broken> {
         let mut progress = Progress::default();
-        self.storage.submit().map_err(|source| Broken::Host { what: "io_uring", source })?;
         let finished = self.finish(&mut progress);
+        self.start_flush();
+        self.storage.submit().map_err(|source| Broken::Host { what: "io_uring", source })?;
         self.show()?;
         finished.map(|()| progress)
     }
@@ -276,7 +268,7 @@ impl<S: Storage> Queue<S> {
     /// # Errors
     /// When the guest broke the ring.
     pub fn rearm(&mut self) -> Result<bool, Broken> {
-        Ok(self.ring.rearm()? > 0 && self.can_take())
+        Ok(self.ring.rearm()? > 0 && self.can_take() || self.can_flush())
     }
 
     /// Unmaps pages that have long not been used; to be called every ten seconds or so.
@@ -288,6 +280,11 @@ impl<S: Storage> Queue<S> {
     #[inline]
     fn can_take(&self) -> bool {
         !self.free.is_empty() && self.grants.free_pages() > self.shape.indirect.max(DIRECT_SEGMENTS)
+    }
+
+    /// Whether a flush waits that could begin. One that may not is announced by the waker.
+    fn can_flush(&self) -> bool {
+        !self.flush_waiting.is_empty() && self.flush_running.is_empty() && self.health.is_free()
     }
 
     /// Takes requests and starts them.
@@ -305,6 +302,7 @@ impl<S: Storage> Queue<S> {
             }
         }
         self.start_copied_writes(progress);
+        self.start_flush();
         Ok(())
     }
 
@@ -316,7 +314,7 @@ impl<S: Storage> Queue<S> {
         match work {
             Work::Flush => {
                 let token = self.take_off(due, Doing::Flush, 0, 0);
-                self.storage.flush(token);
+                self.flush_waiting.push(token);
             }
             Work::Discard { offset, len } => {
                 let token = self.take_off(due, Doing::Discard, offset, len);
@@ -418,12 +416,70 @@ impl<S: Storage> Queue<S> {
                     queue.refuse(due, Refusal::Grant, progress);
                 }
             } else if flight.doing == Some(Doing::FlushThenWrite) {
-                queue.storage.flush(token);
+                queue.flush_waiting.push(token);
             } else {
                 let memory = std::mem::take(&mut flight.memory);
                 queue.storage.write(flight.offset, memory, token);
             }
         });
+    }
+
+    /// Starts one flush for all that wait for one, if it is this queue's turn. It begins after the last of them came,
+    /// so it covers everything that was answered before any of them.
+    fn start_flush(&mut self) {
+        if self.flush_waiting.is_empty() || !self.flush_running.is_empty() {
+            return;
+        }
+        match self.health.begin(&self.wake) {
+            Permit::Wait => {}
+            Permit::Granted => {
+                std::mem::swap(&mut self.flush_waiting, &mut self.flush_running);
+                self.storage.flush(self.flush_running[0]);
+            }
+            Permit::Never => {
+                for token in std::mem::take(&mut self.flush_waiting) {
+                    self.withhold(token);
+                }
+            }
+        }
+    }
+
+    /// The flush has ended, for all that it served.
+    fn finish_flush(&mut self, result: io::Result<()>, progress: &mut Progress) -> Result<(), Broken> {
+        self.health.end(result.is_ok());
+        let mut served = std::mem::take(&mut self.flush_running);
+        for token in served.drain(..) {
+            let flight = &mut self.flights[token as usize];
+            let memory = std::mem::take(&mut flight.memory);
+            match (&result, flight.doing) {
+                // Linux takes any failure of a flush for "this disk needs no flushes", reports success to the file
+                // system and never flushes again. Silence is the only honest answer.
+                (Err(_), _) => {
+                    flight.memory = memory;
+                    self.counters.io_errors.add(1);
+                    self.withhold(token);
+                }
+                (Ok(()), Some(Doing::FlushThenWrite)) => {
+                    flight.doing = Some(Doing::Write);
+                    self.storage.write(flight.offset, memory, token);
+                }
+                (Ok(()), doing) => {
+                    if let Some(due) = self.land(token, memory) {
+                        self.succeed(doing, 0, due, progress);
+                    }
+                }
+            }
+        }
+        self.flush_running = served;
+        result.map_err(Broken::Flush)
+    }
+
+    /// Ends a request without an answer.
+    fn withhold(&mut self, token: u32) {
+        let memory = std::mem::take(&mut self.flights[token as usize].memory);
+        if let Some(due) = self.land(token, memory) {
+            due.withhold();
+        }
     }
 
     /// Answers what the disk has done.
@@ -458,17 +514,12 @@ impl<S: Storage> Queue<S> {
                 self.batch_copies(token);
                 return Ok(());
             }
-            (Some(Doing::FlushThenWrite), Ok(())) if !self.health.flush_failed() => {
-                flight.doing = Some(Doing::Write);
-                let memory = std::mem::take(&mut flight.memory);
-                self.storage.write(offset, memory, token);
-                return Ok(());
-            }
+            (Some(Doing::Flush | Doing::FlushThenWrite), result) => return self.finish_flush(result, progress),
             (doing, result) => {
                 let Some(due) = self.land(token, memory) else { return Ok(()) };
                 match result {
                     Ok(()) => self.succeed(doing, len, due, progress),
-                    Err(error) => return self.fail(doing, offset, error, due, progress),
+                    Err(error) => self.fail(doing, offset, &error, due, progress),
                 }
             }
         }
@@ -494,35 +545,16 @@ impl<S: Storage> Queue<S> {
         self.answer(due, Status::Okay, progress);
     }
 
-    fn fail(
-        &mut self,
-        doing: Option<Doing>,
-        offset: u64,
-        error: io::Error,
-        due: Due,
-        progress: &mut Progress,
-    ) -> Result<(), Broken> {
+    fn fail(&mut self, doing: Option<Doing>, offset: u64, error: &io::Error, due: Due, progress: &mut Progress) {
         self.counters.io_errors.add(1);
-        match doing {
-            // Linux takes any failure of a flush for "this disk needs no flushes", reports success to the file
-            // system and never flushes again. Silence is the only honest answer.
-            Some(Doing::Flush | Doing::FlushThenWrite) => {
-                self.health.fail_flush();
-                due.withhold();
-                return Err(Broken::Flush(error));
-            }
-            Some(Doing::Discard) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                self.answer(due, Status::NotSupported, progress);
-            }
-            _ => {
-                // A guest can go on asking for what the disk cannot give; the counters have the rest.
-                if let Some(unsaid) = self.log.admit() {
-                    tracing::warn!(%error, offset, ?doing, unsaid, "request failed");
-                }
-                self.answer(due, Status::Error, progress);
-            }
+        if doing == Some(Doing::Discard) && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+            return self.answer(due, Status::NotSupported, progress);
         }
-        Ok(())
+        // A guest can go on asking for what the disk cannot give; the counters have the rest.
+        if let Some(unsaid) = self.log.admit() {
+            tracing::warn!(%error, offset, ?doing, unsaid, "request failed");
+        }
+        self.answer(due, Status::Error, progress);
     }
 
     /// Finds a place for a request whose answer is due.
@@ -586,6 +618,10 @@ impl<S: Storage> Queue<S> {
 impl<S> Drop for Queue<S> {
     /// Requests still in flight are the guest's loss only when the whole device goes; say so once, not per request.
     fn drop(&mut self) {
+        // Nobody will see how it ends; the disk's other queues must not wait for it.
+        if !self.flush_running.is_empty() {
+            self.health.end(false);
+        }
         let left: Vec<_> = self.flights.iter_mut().filter_map(|flight| flight.due.take()).collect();
         if !left.is_empty() {
             tracing::warn!(requests = left.len(), "queue closed with requests in flight");

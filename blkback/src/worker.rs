@@ -17,10 +17,11 @@ use xenstore_client::xenbus::{Blame, Fault};
 use crate::abi::Protocol;
 use crate::counters::Counters;
 use crate::grants::Grants;
+use crate::health::Health;
 use crate::image::Image;
 use crate::negotiate::QueueKeys;
 use crate::patience::Patience;
-use crate::queue::{Broken, Health, Parts, Queue};
+use crate::queue::{Broken, Parts, Queue};
 use crate::request::Shape;
 use crate::storage::UringStorage;
 
@@ -109,8 +110,9 @@ impl Worker {
                     return;
                 }
                 // A bug of ours in one queue must not take the other disks along.
-                let drive =
-                    AssertUnwindSafe(|| Drive { queue, counters: &counters, stop: &stop, report: &report }.run());
+                let drive = AssertUnwindSafe(|| {
+                    Drive { queue, counters: &counters, stop: &stop, wake: &wake, report: &report }.run();
+                });
                 if catch_unwind(drive).is_err() {
                     report(Report::Broken(Fault::host(libc::EIO, "a queue's thread panicked; see the log")));
                 }
@@ -175,7 +177,7 @@ fn pin(cpu: Option<usize>) {
 const EVENT: u32 = 0;
 const CONTROL: u32 = 1;
 
-fn build(plan: Plan, wake: &OwnedFd) -> Result<Queue<UringStorage>, Fault> {
+fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<UringStorage>, Fault> {
     let Plan { xen, peer, keys, protocol, persistent, image, shape, health, counters, .. } = plan;
     let ring = xen
         .map(peer, &keys.ring, GrantAccess::ReadWrite)
@@ -190,7 +192,7 @@ fn build(plan: Plan, wake: &OwnedFd) -> Result<Queue<UringStorage>, Fault> {
     let most_kept = if persistent { MOST_KEPT } else { 0 };
     let grants = Grants::new(xen, peer, ARENA_PAGES, most_kept).map_err(|error| host("memory for copies", error))?;
     let ring = BackRing::attach(ring, layout, 0);
-    Ok(Queue::new(Parts { ring, protocol, grants, channel, storage, shape, health, counters }))
+    Ok(Queue::new(Parts { ring, protocol, grants, channel, storage, shape, health, wake: Arc::clone(wake), counters }))
 }
 
 fn fault(broken: &Broken) -> Fault {
@@ -207,6 +209,7 @@ struct Drive<'a, R> {
     queue: Queue<UringStorage>,
     counters: &'a Counters,
     stop: &'a AtomicBool,
+    wake: &'a OwnedFd,
     report: &'a R,
 }
 
@@ -296,13 +299,22 @@ impl<R: Fn(Report)> Drive<'_, R> {
             self.queue.channel().take().map_err(channel_failed)?;
             patience.rang();
         }
+        self.quiet_control();
         Ok(())
+    }
+
+    /// Takes the control thread's bell, or another queue's, so that it can ring again. What it means stands elsewhere.
+    fn quiet_control(&mut self) {
+        if self.queue.storage().take_rung(CONTROL) {
+            // Empty is as good.
+            let _ = rustix::io::read(self.wake, &mut [0; 8]);
+        }
     }
 
     /// Finishes what is in flight, and waits until told to stop.
     fn drain(&mut self) -> Result<(), Broken> {
-        // Nobody takes the guest's events any more, nor, once we are stopped, the control thread's: a descriptor that
-        // stays readable would have us spin until a slow disk is done.
+        // Nobody takes the guest's events any more: a descriptor that stays readable would have us spin until a slow
+        // disk is done.
         self.queue.storage().ignore(EVENT);
         while self.queue.in_flight() > 0 || !self.stopped() {
             match self.queue.drain() {
@@ -310,12 +322,9 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 Ok(_) | Err(Broken::Flush(_)) => {}
                 Err(broken) => return Err(broken),
             }
-            if self.stopped() {
-                self.queue.storage().ignore(CONTROL);
-            }
             if self.queue.in_flight() > 0 || !self.stopped() {
                 self.queue.storage().wait(Some(PERIOD)).map_err(|source| Broken::Host { what: "io_uring", source })?;
-                self.queue.storage().take_rung(CONTROL);
+                self.quiet_control();
             }
         }
         Ok(())

@@ -1,0 +1,252 @@
+//! The promise of a flush, single-stepped: queues on a disk whose operations end when, and how, the test says.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use blkback::abi::{Answer, Protocol, Segment, Slot, op};
+use blkback::grants::Grants;
+use blkback::health::Health;
+use blkback::queue::{Broken, Parts, Queue};
+use blkback::request::Shape;
+use blkback::storage::{Done, Storage};
+use hypervisor::emu::{GuestOptions, GuestSeat, Limits, Machine, Member};
+use hypervisor::memory::{IoList, Mapping};
+use hypervisor::{Backend, DomId, EventChannel, GrantAccess, Guest, Shared};
+use ring::{BackRing, FrontRing, Layout};
+use rustix::event::{EventfdFlags, eventfd};
+
+/// A disk in the test's hands.
+#[derive(Debug, Default)]
+struct Held {
+    /// What was asked and has not ended: its name, token and memory.
+    asked: VecDeque<(&'static str, u32, IoList)>,
+    ended: VecDeque<Done>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Disk(Rc<RefCell<Held>>);
+
+impl Disk {
+    fn ask(&self, what: &'static str, token: u32, memory: IoList) {
+        self.0.borrow_mut().asked.push_back((what, token, memory));
+    }
+
+    /// What is under way.
+    fn asked(&self) -> Vec<&'static str> {
+        self.0.borrow().asked.iter().map(|(what, ..)| *what).collect()
+    }
+
+    /// Ends the oldest operation of this kind.
+    fn end(&self, what: &str, result: io::Result<()>) {
+        let mut held = self.0.borrow_mut();
+        let at = held.asked.iter().position(|(asked, ..)| *asked == what).unwrap();
+        let (_, token, memory) = held.asked.remove(at).unwrap();
+        held.ended.push_back(Done { token, memory, result });
+    }
+}
+
+impl Storage for Disk {
+    fn read(&mut self, _: u64, memory: IoList, token: u32) {
+        self.ask("read", token, memory);
+    }
+    fn write(&mut self, _: u64, memory: IoList, token: u32) {
+        self.ask("write", token, memory);
+    }
+    fn flush(&mut self, token: u32) {
+        self.ask("flush", token, IoList::default());
+    }
+    fn discard(&mut self, _: u64, _: u64, token: u32) {
+        self.ask("discard", token, IoList::default());
+    }
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn next(&mut self) -> Option<Done> {
+        self.0.borrow_mut().ended.pop_front()
+    }
+    fn has_completions(&mut self) -> bool {
+        !self.0.borrow().ended.is_empty()
+    }
+}
+
+/// One ring with both its halves.
+struct Lane {
+    front: FrontRing<Arc<Mapping>>,
+    back: Queue<Disk>,
+    disk: Disk,
+    data: Shared,
+    wake: Arc<OwnedFd>,
+    _listener: Box<dyn EventChannel>,
+}
+
+const PROTOCOL: Protocol = Protocol::X86_64;
+const SHAPE: Shape = Shape { sectors: 1000, block: 1, read_only: false, discard: true, indirect: 0 };
+
+impl Lane {
+    fn new(xen: &Arc<dyn Backend>, guest: &GuestSeat, health: &Arc<Health>) -> Self {
+        let peer = Guest::domid(guest);
+        let Shared { memory, refs } = guest.share(DomId::DOM0, 1, GrantAccess::ReadWrite).unwrap();
+        let layout = Layout::new(PROTOCOL.stride(), 1);
+        let front = FrontRing::init(Arc::new(memory), layout);
+        let ring = BackRing::attach(xen.map(peer, &refs, GrantAccess::ReadWrite).unwrap(), layout, 0);
+        // Nobody listens at the guest's end; it only has to stay open.
+        let listener = guest.alloc_unbound(DomId::DOM0).unwrap();
+        let channel = xen.bind(peer, listener.port()).unwrap();
+        let disk = Disk::default();
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+        let back = Queue::new(Parts {
+            ring,
+            protocol: PROTOCOL,
+            grants: Grants::new(Arc::clone(xen), peer, 64, 0).unwrap(),
+            channel,
+            storage: disk.clone(),
+            shape: SHAPE,
+            health: Arc::clone(health),
+            wake: Arc::clone(&wake),
+            counters: Arc::default(),
+        });
+        Self {
+            front,
+            back,
+            disk,
+            data: guest.share(DomId::DOM0, 1, GrantAccess::ReadWrite).unwrap(),
+            wake,
+            _listener: listener,
+        }
+    }
+
+    fn ask(&mut self, operation: u8, id: u64, data: bool) {
+        let segment = [Segment { gref: self.data.refs[0], first_sect: 0, last_sect: 7 }];
+        let slot = Slot::direct(PROTOCOL, operation, id, 8, if data { &segment } else { &[] });
+        self.front.request(&slot.bytes);
+        let _ = self.front.publish();
+    }
+
+    fn turn(&mut self) {
+        self.back.turn().unwrap();
+    }
+
+    /// Answers since the last look: (id, status).
+    fn answers(&mut self) -> Vec<(u64, i16)> {
+        let mut record = [0; 12];
+        self.front.pending().unwrap();
+        std::iter::from_fn(|| self.front.consume(&mut record).then(|| Answer::decode(&record)))
+            .map(|answer| (answer.id, answer.status))
+            .collect()
+    }
+
+    fn rang(&self) -> bool {
+        rustix::io::read(&*self.wake, &mut [0; 8]).is_ok()
+    }
+}
+
+/// Two queues of one disk, and the machine under them.
+fn two_queues() -> (Lane, Lane, Arc<GuestSeat>) {
+    let machine = Machine::new(Limits::default()).unwrap();
+    let xen: Arc<dyn Backend> = Arc::new(Member::local(&machine, DomId::DOM0).unwrap());
+    let guest = Arc::new(machine.create_guest(GuestOptions { name: "g".into(), ..GuestOptions::default() }).unwrap());
+    let health = Arc::new(Health::default());
+    (Lane::new(&xen, &guest, &health), Lane::new(&xen, &guest, &health), guest)
+}
+
+fn eio() -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(libc::EIO))
+}
+
+#[test]
+fn one_flush_serves_all_that_came_before_it_began() {
+    let (mut one, _two, _guest) = two_queues();
+    one.ask(op::FLUSH_DISKCACHE, 1, false);
+    one.turn();
+    one.ask(op::FLUSH_DISKCACHE, 2, false);
+    one.ask(op::FLUSH_DISKCACHE, 3, false);
+    one.turn();
+    assert_eq!(one.disk.asked(), ["flush"], "what came later must not ride on a flush that has begun");
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(1, 0)]);
+    assert_eq!(one.disk.asked(), ["flush"]);
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(2, 0), (3, 0)]);
+    assert!(one.disk.asked().is_empty());
+}
+
+#[test]
+fn queues_of_a_disk_flush_one_at_a_time() {
+    let (mut one, mut two, _guest) = two_queues();
+    one.ask(op::FLUSH_DISKCACHE, 1, false);
+    two.ask(op::FLUSH_DISKCACHE, 2, false);
+    one.turn();
+    two.turn();
+    assert_eq!((one.disk.asked().len(), two.disk.asked().len()), (1, 0));
+    assert!(!two.back.rearm().unwrap() && !two.rang());
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert!(two.rang(), "who waits is woken");
+    assert!(two.back.rearm().unwrap(), "and does not go back to sleep");
+    two.turn();
+    assert_eq!(two.disk.asked(), ["flush"]);
+    two.disk.end("flush", Ok(()));
+    two.turn();
+    assert_eq!((one.answers(), two.answers()), (vec![(1, 0)], vec![(2, 0)]));
+}
+
+/// The failed flush, those that waited behind it on any queue, and every write from then on stay without an answer;
+/// reads go on. Nothing is ever told -1 or -2, which Linux takes for success.
+#[test]
+fn after_a_failed_flush_no_promise_is_made() {
+    let (mut one, mut two, _guest) = two_queues();
+    one.ask(op::WRITE, 1, true);
+    one.ask(op::FLUSH_DISKCACHE, 2, false);
+    two.ask(op::FLUSH_DISKCACHE, 3, false);
+    two.ask(op::WRITE, 4, true);
+    two.ask(op::READ, 5, true);
+    one.turn();
+    two.turn();
+    one.disk.end("flush", eio());
+    assert!(matches!(one.back.turn(), Err(Broken::Flush(_))));
+    one.disk.end("write", Ok(()));
+    two.disk.end("write", Ok(()));
+    two.disk.end("read", Ok(()));
+    one.back.drain().unwrap();
+    two.turn();
+    assert_eq!(one.answers(), [], "a write that no flush will ever cover");
+    assert_eq!(two.answers(), [(5, 0)]);
+    assert!(two.disk.asked().is_empty(), "no second flush: it would say yes");
+    assert_eq!((one.back.in_flight(), two.back.in_flight()), (0, 0), "and nothing holds memory");
+}
+
+#[test]
+fn a_flush_with_data_writes_after_the_flush() {
+    let (mut one, _two, _guest) = two_queues();
+    one.ask(op::FLUSH_DISKCACHE, 1, true);
+    one.turn();
+    assert_eq!(one.disk.asked(), ["flush"]);
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert_eq!((one.disk.asked(), one.answers()), (vec!["write"], vec![]));
+    one.disk.end("write", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(1, 0)]);
+}
+
+#[test]
+fn a_write_that_fails_is_one_requests_error() {
+    let (mut one, _two, _guest) = two_queues();
+    one.ask(op::WRITE, 1, true);
+    one.turn();
+    one.disk.end("write", eio());
+    one.turn();
+    one.ask(op::FLUSH_DISKCACHE, 2, false);
+    one.turn();
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(1, -1), (2, 0)]);
+}
