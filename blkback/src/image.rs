@@ -129,7 +129,7 @@ impl Image {
             image.notes.push(format!("the last {} bytes are no whole sector and are not served", bytes % SECTOR));
         }
         if metadata.file_type().is_block_device() {
-            image.learn_device(metadata.rdev())?;
+            image.learn_device(metadata.rdev(), access != Access::ReadOnly)?;
         } else {
             image.learn_file(metadata.blksize(), bytes, access != Access::ReadOnly);
         }
@@ -142,10 +142,15 @@ impl Image {
         Ok(image)
     }
 
-    fn learn_device(&mut self, device: u64) -> Result<(), Problem> {
+    fn learn_device(&mut self, device: u64, writable: bool) -> Result<(), Problem> {
         self.device = Some(device_number(device));
         self.sector_size = rustix::fs::ioctl_blksszget(&self.file).map_err(io_problem("BLKSSZGET"))?;
         self.physical_sector_size = rustix::fs::ioctl_blkpbszget(&self.file).map_err(io_problem("BLKPBSZGET"))?;
+        // A hole punched into a device is zeros written by freeing (fallocate(2) on a block device). A device that can
+        // only discard, without a promise of zeros, is not told to.
+        self.discard = writable && [DISCARD_MAX, ZEROES_MAX].iter().all(|name| queue_limit(device, name) > 0);
+        let granularity = u32::try_from(queue_limit(device, "discard_granularity")).unwrap_or(0);
+        self.discard_granularity = granularity.max(self.sector_size);
         Ok(())
     }
 
@@ -218,6 +223,18 @@ fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
 fn size(file: &mut File) -> Result<u64, Problem> {
     let bytes = file.seek(SeekFrom::End(0)).map_err(io_problem("finding its size"))?;
     if bytes < SECTOR { Err(Problem::Empty(bytes)) } else { Ok(bytes) }
+}
+
+/// Limits of a block device's queue (Documentation/ABI/stable/sysfs-block of Linux), in bytes.
+const DISCARD_MAX: &str = "discard_max_bytes";
+/// See [`DISCARD_MAX`].
+const ZEROES_MAX: &str = "write_zeroes_max_bytes";
+
+/// A limit of a device's queue; a partition has its disk's. 0 where the kernel does not say.
+fn queue_limit(device: u64, name: &str) -> u64 {
+    let (major, minor) = device_number(device);
+    let read = |folder: &str| std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{folder}/{name}")).ok();
+    read("queue").or_else(|| read("../queue")).and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 fn device_number(device: u64) -> (u32, u32) {

@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex};
 
 use blkback::abi::{Protocol, Segment, Slot, op};
 use blkback::front::{Frontend, Options, Queue};
+use common::LoopDevice;
 use common::scene::{DISK, SECTORS, Scene, answers, ask, direct, whole, works};
 use common::{Disk, XVDA, until};
 use hypervisor::{DomId, GrantAccess, GrantRef, PAGE_SIZE};
@@ -172,38 +173,14 @@ fn sectors_past_the_end() {
     });
 }
 
-/// A loop device with sectors of 4096 bytes, detached when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn on(image: &std::path::Path) -> Option<Self> {
-        let output = std::process::Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", "4096"])
-            .arg(image)
-            .output()
-            .ok()
-            .filter(|output| output.status.success())?;
-        Some(Self(String::from_utf8(output.stdout).ok()?.trim().to_owned()))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let detached = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
-        if !detached.is_ok_and(|status| status.success()) {
-            eprintln!("{} is left behind", self.0);
-        }
-    }
-}
-
 #[test]
 fn requests_misaligned_on_a_4k_disk() {
     let scene = Scene::new();
-    let Some(device) = Loop::on(&scene.image()) else {
+    let Some(device) = LoopDevice::on(&scene.image(), 4096) else {
         eprintln!("NOT TESTED: requests_misaligned_on_a_4k_disk: needs losetup, a free loop device, and root");
         return;
     };
-    scene.dom0.attach(&scene.hostile, &format!("phy:{},xvda,w", device.0)).unwrap();
+    scene.dom0.attach(&scene.hostile, &format!("phy:{},xvda,w", device.path())).unwrap();
     let mut disk = scene.connect(&Options::default());
     assert_eq!((disk.front.disk().sector_size, disk.front.disk().sectors), (4096, SECTORS));
     let queue = disk.queue();

@@ -10,7 +10,7 @@ use blkback::abi::{Protocol, op};
 use blkback::device::Config;
 use blkback::front::{Options, Piece, Queue};
 use blkback::negotiate::Limits;
-use common::{Dom0, outcomes, status};
+use common::{Dom0, LoopDevice, outcomes, status};
 
 /// A whole page of the pool.
 fn page(page: u32) -> Piece {
@@ -138,6 +138,41 @@ fn discard_frees_the_file_and_reads_as_zeros() {
     assert!(file[512..2001 * 512].iter().all(|&byte| byte == 0), "discarded sectors read as zeros");
     assert!(file[2001 * 512..].iter().any(|&byte| byte != 0), "the sectors behind");
     disk.close();
+}
+
+/// A block device is served like a file: read, written, flushed, and freed by discards.
+#[test]
+fn a_block_device() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 4 << 20);
+    for sector_size in [512, 4096] {
+        let Some(device) = LoopDevice::on(&image, sector_size) else {
+            println!("NOT TESTED: block devices: needs losetup, a free loop device, and root");
+            return;
+        };
+        let guest = dom0.guest("guest");
+        dom0.attach(&guest, &format!("phy:{},xvda,w", device.path())).unwrap();
+        let mut front = blkback::front::Frontend::connect(guest.clone(), common::XVDA, &Options::default()).unwrap();
+        assert_eq!((front.disk().sectors, front.disk().sector_size), (8192, sector_size));
+        assert!(front.disk().discard, "a loop device can discard");
+        let mut queues = front.take_queues();
+        for sector in (0..2048).step_by(64) {
+            round_trip(&mut queues[0], sector, 8, sector);
+        }
+        queues[0].submit(op::FLUSH_DISKCACHE, 0, &[], 1);
+        assert_eq!(status(&mut queues[0]), 0);
+        let before = std::fs::metadata(&image).unwrap().blocks();
+        queues[0].submit_discard(8, 2000, 2);
+        assert_eq!(status(&mut queues[0]), 0);
+        queues[0].submit(op::FLUSH_DISKCACHE, 0, &[], 3);
+        assert_eq!(status(&mut queues[0]), 0);
+        let file = std::fs::read(&image).unwrap();
+        assert!(file[..4096] == pattern(0, 0)[..], "what lies before");
+        assert!(file[4096..2008 * 512].iter().all(|&byte| byte == 0), "what was discarded");
+        assert!(std::fs::metadata(&image).unwrap().blocks() < before, "the file behind the device got smaller");
+        front.close(queues).unwrap();
+        dom0.detach(&guest, "xvda");
+    }
 }
 
 #[test]

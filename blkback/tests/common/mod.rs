@@ -146,3 +146,32 @@ pub fn outcomes(queue: &mut Queue, count: usize) -> Vec<Outcome> {
 pub fn status(queue: &mut Queue) -> i16 {
     outcomes(queue, 1)[0].status
 }
+
+/// A loop device over an image, detached when dropped.
+pub struct LoopDevice(String);
+
+impl LoopDevice {
+    /// None where there is no losetup, no free loop device, or no right to one.
+    pub fn on(image: &Path, sector_size: u32) -> Option<Self> {
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &sector_size.to_string()])
+            .arg(image)
+            .output()
+            .ok()
+            .filter(|output| output.status.success())?;
+        Some(Self(String::from_utf8(output.stdout).ok()?.trim().to_owned()))
+    }
+
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let detached = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
+        if !detached.is_ok_and(|status| status.success()) {
+            eprintln!("{} is left behind", self.0);
+        }
+    }
+}
