@@ -11,7 +11,7 @@ use hypervisor::{Backend, DomId, Machine};
 use nix::sys::signal::{SigSet, Signal};
 use xenstore_client::xenbus::driver::{Driver, StopHandle};
 
-use crate::device::{Config, VbdKind};
+use crate::device::{Config, KINDS, VbdKind};
 use crate::hotplug;
 use crate::negotiate::Limits;
 use crate::spec;
@@ -62,7 +62,7 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Be libxl's hotplug program for the disk in $XENBUS_PATH (what a link named "block" does)
+    /// Be libxl's hotplug program for the disk in $XENBUS_PATH (what a link named "block" or "block-tap" does)
     Hotplug {
         /// What happened
         event: hotplug::Event,
@@ -94,13 +94,15 @@ struct Serve {
     no_persistent: bool,
 }
 
-/// Under this name the program is Xen's hotplug script for disks: /etc/xen/scripts/block is a link to it.
-const HOTPLUG_NAME: &str = "block";
+/// Under these names the program is Xen's hotplug script for disks: /etc/xen/scripts/block is a link to it, and
+/// block-tap for backendtype=tap.
+const HOTPLUG_NAMES: [&str; 2] = ["block", "block-tap"];
 
 /// Runs the program with these arguments, the first being its name.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let mut args: Vec<OsString> = args.into_iter().collect();
-    if args.first().is_some_and(|name| Path::new(name).file_name() == Some(HOTPLUG_NAME.as_ref())) {
+    let name = args.first().and_then(|name| Path::new(name).file_name()?.to_str());
+    if name.is_some_and(|name| HOTPLUG_NAMES.contains(&name)) {
         args.insert(1, "hotplug".into());
     }
     let cli = match Cli::try_parse_from(args) {
@@ -199,11 +201,31 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: SigSet) -> Result<()
     let store = xen.store()?;
     let stop = StopHandle::new()?;
     stop_on(signals, &stop)?;
-    let kind = VbdKind::new(xen, Config { limits, cpus: serve.cpus });
-    let mut driver = Driver::new(store, domid, kind)?;
-    println!("blkback: serving /local/domain/{domid}/backend/vbd");
-    driver.run(&stop)?;
-    Ok(())
+    let config = Config { limits, cpus: serve.cpus };
+    let drivers = KINDS
+        .map(|name| {
+            let kind = VbdKind::new(name, Arc::clone(&xen), config.clone());
+            Driver::new(store.clone(), domid, kind)
+        })
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
+    println!("blkback: serving {}", KINDS.map(|name| format!("{}/backend/{name}", domid.home())).join(" and "));
+    // A control thread for each kind; when one ends, all do.
+    std::thread::scope(|scope| {
+        let run = |mut driver: Driver<VbdKind>| {
+            let stop = &stop;
+            scope.spawn(move || {
+                let outcome = driver.run(stop);
+                stop.stop();
+                outcome
+            })
+        };
+        let threads: Vec<_> = drivers.into_iter().map(run).collect();
+        threads.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(outcome) => outcome.map_err(Failure::from),
+            Err(_) => Err("a control thread panicked; see the log".into()),
+        })
+    })
 }
 
 /// Blocks SIGTERM and SIGINT, which end the service in order.

@@ -24,9 +24,14 @@ pub struct Config {
     pub cpus: Vec<usize>,
 }
 
-/// Block devices, `backend/vbd`.
+/// The directories below `backend/` that are ours: `vbd` is what libxl writes for backendtype=phy, `vbd3` for
+/// backendtype=tap from Xen 4.19 on, which no kernel driver claims.
+pub const KINDS: [&str; 2] = ["vbd", "vbd3"];
+
+/// Block devices of one of [`KINDS`].
 #[derive(Debug)]
 pub struct VbdKind {
+    name: &'static str,
     xen: Arc<dyn Backend>,
     config: Config,
     /// Queues placed so far.
@@ -35,8 +40,8 @@ pub struct VbdKind {
 
 impl VbdKind {
     /// Block devices served by `xen`'s domain.
-    pub fn new(xen: Arc<dyn Backend>, config: Config) -> Self {
-        Self { xen, config, placed: Arc::default() }
+    pub fn new(name: &'static str, xen: Arc<dyn Backend>, config: Config) -> Self {
+        Self { name, xen, config, placed: Arc::default() }
     }
 }
 
@@ -44,7 +49,7 @@ impl Kind for VbdKind {
     type Device = Vbd;
 
     fn name(&self) -> &str {
-        "vbd"
+        self.name
     }
 
     fn frontend_keys(&self) -> &[&str] {

@@ -140,6 +140,55 @@ fn discard_frees_the_file_and_reads_as_zeros() {
     disk.close();
 }
 
+/// backendtype=tap of Xen 4.19 and newer: another directory, `params` with a format before the path.
+#[test]
+fn the_directory_that_libxl_writes_for_backendtype_tap() {
+    use std::sync::Arc;
+
+    use blkback::device::VbdKind;
+    use hypervisor::emu::Member;
+    use hypervisor::{Backend, DomId, Guest};
+    use xenstore_client::Store;
+    use xenstore_client::xenbus::driver::{Driver, StopHandle};
+    use xenstore_client::xenbus::{State, toolstack};
+
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 1 << 20);
+    let xen: Arc<dyn Backend> = Arc::new(Member::local(&dom0.machine, DomId::DOM0).unwrap());
+    let stop = StopHandle::new().unwrap();
+    let kind = VbdKind::new("vbd3", xen, Config::default());
+    let mut driver = Driver::new(dom0.store.clone(), DomId::DOM0, kind).unwrap();
+    let server = std::thread::spawn({
+        let stop = stop.clone();
+        move || driver.run(&stop).unwrap()
+    });
+
+    let guest = dom0.guest("guest");
+    let frontend = Guest::domid(&*guest);
+    let device = toolstack::DeviceAddress {
+        kind: "vbd3",
+        frontend_kind: "vbd",
+        backend: DomId::DOM0,
+        frontend,
+        devid: common::XVDA,
+    };
+    let params = format!("aio:{}", image.display());
+    toolstack::add_device(&dom0.store, &device, &[("params", &params), ("mode", "w")], &[]).unwrap();
+    let back = device.backend_path();
+    let state = format!("{back}/state");
+    toolstack::wait_state(&dom0.store, &state, &[State::InitWait], common::PATIENCE).unwrap();
+    dom0.store.write(&format!("{back}/hotplug-status"), "connected").unwrap();
+    let mut front = blkback::front::Frontend::connect(guest.clone(), common::XVDA, &Options::default()).unwrap();
+    let mut queues = front.take_queues();
+    round_trip(&mut queues[0], 0, 4, 1);
+    front.close(queues).unwrap();
+    toolstack::remove_device(&dom0.store, &device, common::PATIENCE, false, || Ok(())).unwrap();
+    // A guest's seat is its domain: it had to outlive the disk.
+    drop(guest);
+    stop.stop();
+    server.join().unwrap();
+}
+
 /// A block device is served like a file: read, written, flushed, and freed by discards.
 #[test]
 fn a_block_device() {

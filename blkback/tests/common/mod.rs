@@ -45,7 +45,7 @@ impl Dom0 {
         let server = {
             let (stop, driver_store) = (stop.clone(), xen.store().unwrap());
             std::thread::spawn(move || {
-                let mut driver = Driver::new(driver_store, DomId(0), VbdKind::new(xen, config)).unwrap();
+                let mut driver = Driver::new(driver_store, DomId(0), VbdKind::new("vbd", xen, config)).unwrap();
                 driver.run(&stop).unwrap();
             })
         };
