@@ -23,10 +23,13 @@ impl Channel {
     /// cannot reach another's event channels with it.
     fn open(peer: DomId) -> Result<File> {
         let device = open_device("/dev/xen/evtchn", "modprobe xen-evtchn")?;
-        let mut domid = peer.0;
-        // SAFETY: struct ioctl_evtchn_restrict_domid is one domid_t, 16 bits.
-        unsafe { ioctl::call(&device, ioctl::RESTRICT_DOMID, &mut domid) }
-            .map_err(|error| Error::io(format!("IOCTL_EVTCHN_RESTRICT_DOMID to domain {peer}"), error))?;
+        // The kernel does not restrict to dom0, which has nothing to fear from itself.
+        if peer != DomId::DOM0 {
+            let mut domid = peer.0;
+            // SAFETY: struct ioctl_evtchn_restrict_domid is one domid_t, 16 bits.
+            unsafe { ioctl::call(&device, ioctl::RESTRICT_DOMID, &mut domid) }
+                .map_err(|error| Error::io(format!("IOCTL_EVTCHN_RESTRICT_DOMID to domain {peer}"), error))?;
+        }
         rustix::fs::fcntl_setfl(&device, rustix::fs::OFlags::NONBLOCK)
             .map_err(|error| Error::io("fcntl on /dev/xen/evtchn", error))?;
         Ok(device)
