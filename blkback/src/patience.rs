@@ -2,18 +2,21 @@
 //!
 //! Waking a sleeping thread on another core costs 7 to 20 µs, looking at memory 0.2 µs. So looking pays while the next
 //! request is near; when the guest runs on this very core it never does, because the guest cannot run while we look.
-//! Nobody tells us which it is, so we learn it: a look that found nothing makes the next one shorter and at last
-//! rare; sleeps that turned out short make it worth trying again.
+//! Nobody tells us which it is, so we learn it: looks that find something earn trust, looks that find nothing cost
+//! four times as much of it, and without trust there is no look; sleeps that turned out short make it worth trying
+//! again. A look is always as long as a sleep would cost: shorter ones only fail more often, and teach the wrong thing.
 
 use std::time::Duration;
 
-/// The longest look, in microseconds; and the sleep below which a look would have done.
-const LONGEST: u32 = 50;
-/// The look to begin with.
+/// How long a look lasts, in microseconds; and the sleep below which a look would have done.
+const LOOK: u32 = 50;
+/// Trust to begin with, and to try again with; what a look that found nothing costs; and the most there can be.
 const FIRST: u32 = 16;
-/// Looks shorter than this are not worth it.
-const SHORTEST: u32 = 4;
-/// Most short sleeps in a row that are asked for before looking is tried again.
+const AGAIN: u32 = 4;
+const PRICE: u32 = 4;
+const MOST: u32 = 64;
+/// Least and most short sleeps in a row that are asked for before looking is tried again.
+const LEAST_DOUBT: u32 = 8;
 const MOST_DOUBT: u32 = 4096;
 /// Events in a row that may mean nothing. An honest guest's sometimes come late, after its request was found.
 const IDLE_EVENTS: u32 = 16;
@@ -23,8 +26,8 @@ const LONGEST_HOLD: u32 = 6;
 /// What a queue has learnt about its guest.
 #[derive(Debug)]
 pub struct Patience {
-    /// Microseconds to look; 0 for not at all.
-    look: u32,
+    /// Looks that found something, less those that did not.
+    trust: u32,
     /// Short sleeps in a row so far.
     short_sleeps: u32,
     /// Short sleeps in a row after which looking is tried again. Doubles each time the trial fails.
@@ -35,7 +38,7 @@ pub struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { look: FIRST, short_sleeps: 0, doubt: 8, idle_events: 0 }
+        Self { trust: FIRST, short_sleeps: 0, doubt: LEAST_DOUBT, idle_events: 0 }
     }
 }
 
@@ -60,22 +63,24 @@ impl Patience {
         self.idle_events = 0;
     }
 
-    /// How long to look now.
+    /// How long to look now; zero for not at all.
     pub fn look(&self) -> Duration {
-        Duration::from_micros(self.look.into())
+        if self.trust > 0 { Duration::from_micros(LOOK.into()) } else { Duration::ZERO }
     }
 
     /// Looking found something.
+    #[inline]
     pub fn found(&mut self) {
-        self.look = (self.look + self.look / 2).min(LONGEST);
-        self.doubt = (self.doubt / 2).max(8);
+        self.trust = (self.trust + 1).min(MOST);
+        if self.trust > FIRST {
+            self.doubt = LEAST_DOUBT;
+        }
     }
 
     /// Looking found nothing.
     pub fn found_nothing(&mut self) {
-        self.look /= 2;
-        if self.look < SHORTEST {
-            self.look = 0;
+        self.trust = self.trust.saturating_sub(PRICE);
+        if self.trust == 0 {
             self.short_sleeps = 0;
             self.doubt = (self.doubt * 2).min(MOST_DOUBT);
         }
@@ -83,14 +88,14 @@ impl Patience {
 
     /// The queue slept this long.
     pub fn slept(&mut self, time: Duration) {
-        if time > Duration::from_micros(LONGEST.into()) {
+        if time > Duration::from_micros(LOOK.into()) {
             // One long sleep among many short ones says nothing: the machine was busy with something else.
             self.short_sleeps = self.short_sleeps.saturating_sub(4);
             return;
         }
         self.short_sleeps += 1;
-        if self.look == 0 && self.short_sleeps >= self.doubt {
-            self.look = FIRST;
+        if self.trust == 0 && self.short_sleeps >= self.doubt {
+            self.trust = AGAIN;
             self.short_sleeps = 0;
         }
     }
@@ -104,12 +109,31 @@ mod tests {
     const LONG: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_busy_guest_on_another_core_is_looked_for_longer_and_longer() {
+    fn a_busy_guest_on_another_core_is_looked_for_through_a_disturbance() {
         let mut patience = Patience::default();
+        (0..100).for_each(|_| patience.found());
+        // Something else had the processor for a few milliseconds.
         for _ in 0..10 {
-            patience.found();
+            patience.found_nothing();
+            patience.slept(LONG);
         }
         assert_eq!(patience.look(), Duration::from_micros(50));
+    }
+
+    #[test]
+    fn after_a_long_disturbance_looking_is_soon_tried_again() {
+        let mut patience = Patience::default();
+        (0..100).for_each(|_| patience.found_nothing());
+        let mut sleeps = 0;
+        while patience.look().is_zero() {
+            patience.slept(SHORT);
+            sleeps += 1;
+        }
+        assert!(sleeps <= 4096, "{sleeps}");
+        (0..20).for_each(|_| patience.found());
+        (0..5).for_each(|_| patience.found_nothing());
+        (0..16).for_each(|_| patience.slept(SHORT));
+        assert!(!patience.look().is_zero(), "what worked before is trusted sooner");
     }
 
     /// The share of looks among wake-ups goes towards nothing when no look ever finds anything.
