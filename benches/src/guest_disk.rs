@@ -233,6 +233,10 @@ impl Runner {
     /// Puts as many requests into the ring as there is room for, oldest job first.
     fn make_requests(&mut self) {
         while let Some(&number) = self.ready.front() {
+            // Before anything is popped: a job that waits for room for its flush would be put back, for ever.
+            if self.queue.free() == 0 {
+                return;
+            }
             let Some(job) = self.jobs[number].as_mut() else {
                 self.ready.pop_front();
                 continue;
@@ -241,9 +245,6 @@ impl Runner {
                 self.ready.pop_front();
                 self.end_if_done(number);
                 continue;
-            }
-            if self.queue.free() == 0 {
-                return;
             }
             match job.kind {
                 Kind::Discard => {

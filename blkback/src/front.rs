@@ -13,7 +13,7 @@ use hypervisor::{DomId, EventChannel, GrantAccess, GrantRef, Guest, PAGE_SIZE, S
 use ring::{FrontRing, Layout, Overflow};
 use rustix::event::{PollFd, PollFlags};
 use xenstore_client::xenbus::{State, toolstack};
-use xenstore_client::{Client, Store};
+use xenstore_client::{Client, ErrorCode, Store};
 
 use crate::abi::{Answer, DIRECT_SEGMENTS, Protocol, SEGMENT_SIZE, SEGMENTS_PER_PAGE, Segment, Slot};
 
@@ -221,7 +221,13 @@ impl Frontend {
         self.switch(State::Closing)?;
         let closing = [State::Closing, State::Closed];
         toolstack::wait_state(&self.store, &format!("{}/state", self.backend_path), &closing, PATIENCE)?;
-        self.switch(State::Closed)?;
+        match self.switch(State::Closed) {
+            Ok(()) => {}
+            // A toolstack that saw the backend's 6 does not wait for ours: the directory may be gone already.
+            Err(Error::Store(error))
+                if matches!(error.code(), Some(ErrorCode::Access | ErrorCode::NotFound)) => {}
+            Err(error) => return Err(error),
+        }
         let state = format!("{}/state", self.backend_path);
         toolstack::wait_state(&self.store, &state, &[State::Closed, State::InitWait, State::Unknown], PATIENCE)?;
         for queue in self.queues.drain(..) {

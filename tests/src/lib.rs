@@ -4,6 +4,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -62,7 +63,8 @@ pub fn fails(command: &mut Command) -> String {
 }
 
 fn finish(command: &mut Command) -> Output {
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    // A process group of its own: fio's jobs are children that outlive it, and keep its output open.
+    let child = command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let child = child.unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
     let (sender, done) = std::sync::mpsc::channel::<()>();
@@ -71,7 +73,7 @@ fn finish(command: &mut Command) -> Output {
         if done.recv_timeout(5 * PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             eprintln!("{description} takes too long; killed");
             // It may end at this very moment.
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            let _ = nix::sys::signal::killpg(pid, nix::sys::signal::Signal::SIGKILL);
         }
     });
     let output = child.wait_with_output().expect("waiting for a command");
