@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hypervisor::Backend;
 use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 
+use crate::barrier::Barriers;
 use crate::counters::Counters;
 use crate::health::Health;
 use crate::hotplug;
@@ -137,6 +138,7 @@ impl Vbd {
     fn start_queues(&mut self, agreed: &Agreed, image: &Arc<Image>, shape: Shape) -> Result<(), Fault> {
         let mut workers = Vec::with_capacity(agreed.queues.len());
         self.counters = agreed.queues.iter().map(|_| Arc::default()).collect();
+        let barriers = Arc::new(Barriers::default());
         for (index, keys) in agreed.queues.iter().enumerate() {
             let plan = Plan {
                 xen: Arc::clone(&self.xen),
@@ -149,6 +151,7 @@ impl Vbd {
                 image: Arc::clone(image),
                 shape,
                 health: Arc::clone(&self.health),
+                barriers: Arc::clone(&barriers),
                 counters: Arc::clone(&self.counters[index]),
                 cpu: self.next_cpu(),
             };
@@ -238,6 +241,7 @@ impl Device for Vbd {
             block: u64::from(image.sector_size / 512),
             read_only: medium.read_only,
             discard: medium.discard,
+            barrier: limits.barrier && !medium.read_only,
             indirect: limits.indirect_segments as usize,
         };
         let keys = medium.describe(&limits);

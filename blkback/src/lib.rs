@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+pub mod barrier;
 pub mod cli;
 pub mod counters;
 pub mod device;

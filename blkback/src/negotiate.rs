@@ -34,13 +34,16 @@ pub struct Limits {
     pub indirect_segments: u32,
     /// Whether pages may stay mapped.
     pub persistent: bool,
+    /// Whether barriers are offered.
+    pub barrier: bool,
 }
 
 impl Default for Limits {
-    /// What Linux' backend offers: 16 pages, a queue per processor, 256 segments, persistent grants.
+    /// What Linux' backend offers: 16 pages, a queue per processor, 256 segments, persistent grants, barriers.
     fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self { ring_page_order: 4, queues: processors.min(16) as u32, indirect_segments: 256, persistent: true }
+        let queues = processors.min(16) as u32;
+        Self { ring_page_order: 4, queues, indirect_segments: 256, persistent: true, barrier: true }
     }
 }
 
@@ -91,7 +94,9 @@ const VDISK_READONLY: u32 = 4;
 pub fn describe(image: &Image, limits: &Limits, read_only: bool, cdrom: bool, discard: bool) -> Pairs {
     let info = if cdrom { VDISK_CDROM } else { 0 } | if read_only { VDISK_READONLY } else { 0 };
     let mut keys = vec![
+        // Both: a frontend that knows flushes prefers them, and does not stop everything for each.
         pair("feature-flush-cache", 1),
+        pair("feature-barrier", u32::from(limits.barrier && !read_only)),
         pair("feature-persistent", u32::from(limits.persistent)),
         pair("feature-discard", u32::from(discard)),
         // Always in units of 512 bytes, whatever sector-size says: so has Linux it, and so says blkif.h today.
@@ -180,7 +185,8 @@ fn read_queue(keys: &Keys, prefix: &str, pages: Option<u32>) -> Result<QueueKeys
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { ring_page_order: 4, queues: 4, indirect_segments: 256, persistent: true };
+    const LIMITS: Limits =
+        Limits { ring_page_order: 4, queues: 4, indirect_segments: 256, persistent: true, barrier: true };
 
     fn agreed(pairs: &[(&str, &str)]) -> Result<Agreed, Fault> {
         agree(&Keys::from_pairs(pairs.iter().copied()), &LIMITS)

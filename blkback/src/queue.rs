@@ -12,6 +12,8 @@
 //!
 //! A queue has no thread and never waits: [`worker`](crate::worker) drives it, and a test can single-step it.
 
+mod order;
+
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -22,9 +24,10 @@ use hypervisor::{CopyDirection, CopyOp, EventChannel, GrantStatus};
 use ring::{BackRing, Overflow};
 
 use crate::abi::{DIRECT_SEGMENTS, Protocol, Response, SECTOR, SEGMENT_SIZE, SEGMENTS_PER_PAGE, Segment, Slot, Status};
+use crate::barrier::{Barriers, Seat};
 use crate::counters::Counters;
 use crate::grants::Grants;
-use crate::health::{Health, Permit};
+use crate::health::Health;
 use crate::log_gate::LogGate;
 use crate::request::{self, Refusal, Shape, Transfer, Work};
 use crate::storage::{Done, Storage};
@@ -114,6 +117,11 @@ enum Doing {
     Flush,
     FlushThenWrite,
     Discard,
+    /// A barrier, until everything before it is done; then its flush, its write, and the flush after it.
+    Barrier,
+    BarrierFlush,
+    BarrierWrite,
+    BarrierEnd,
 }
 
 /// A request between its consumption and its response.
@@ -149,7 +157,9 @@ pub struct Parts<S> {
     pub shape: Shape,
     /// Shared with the disk's other queues.
     pub health: Arc<Health>,
-    /// An eventfd that is written to when another queue's flush has ended and this one's may begin.
+    /// Shared with the disk's other queues.
+    pub barriers: Arc<Barriers>,
+    /// An eventfd that is written to when another queue's flush has ended and this one's may begin, and for barriers.
     pub wake: Arc<OwnedFd>,
     /// Read by others.
     pub counters: Arc<Counters>,
@@ -165,6 +175,7 @@ pub struct Queue<S> {
     storage: S,
     shape: Shape,
     health: Arc<Health>,
+    seat: Seat,
     wake: Arc<OwnedFd>,
     counters: Arc<Counters>,
     flights: Vec<Flight>,
@@ -176,6 +187,8 @@ pub struct Queue<S> {
     /// Flights that wait for a flush, and those that the flush under way serves.
     flush_waiting: Vec<u32>,
     flush_running: Vec<u32>,
+    /// The barrier that was taken; nothing is taken after it.
+    barrier: Option<u32>,
     /// Segments of the request at hand.
     segments: Vec<Segment>,
     /// Lists to be used again.
@@ -186,7 +199,7 @@ pub struct Queue<S> {
 impl<S: Storage> Queue<S> {
     /// Puts a queue together. The frontend may already have made requests.
     pub fn new(parts: Parts<S>) -> Self {
-        let Parts { ring, protocol, grants, channel, storage, shape, health, wake, counters } = parts;
+        let Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters } = parts;
         let entries = ring.layout().entries();
         let most = shape.indirect.max(DIRECT_SEGMENTS);
         assert!(shape.indirect <= SEGMENTS_PER_PAGE, "indirect descriptors are read from one page");
@@ -198,6 +211,7 @@ impl<S: Storage> Queue<S> {
             storage,
             shape,
             health,
+            seat: barriers.join(&wake),
             wake,
             counters,
             flights: (0..entries).map(|_| Flight::default()).collect(),
@@ -206,6 +220,7 @@ impl<S: Storage> Queue<S> {
             batched: Vec::with_capacity(entries as usize),
             flush_waiting: Vec::with_capacity(entries as usize),
             flush_running: Vec::with_capacity(entries as usize),
+            barrier: None,
             segments: Vec::with_capacity(most),
             lists: (0..entries).map(|_| IoList::with_capacity(DIRECT_SEGMENTS)).collect(),
             log: LogGate::default(),
@@ -248,6 +263,7 @@ impl<S: Storage> Queue<S> {
     pub fn drain(&mut self) -> Result<Progress, Broken> {
         let mut progress = Progress::default();
         let finished = self.finish(&mut progress);
+        self.advance_barrier();
         self.start_flush();
         self.storage.submit().map_err(|source| Broken::Host { what: "io_uring", source })?;
         self.show()?;
@@ -279,12 +295,10 @@ impl<S: Storage> Queue<S> {
     /// Whether a request of any size could be carried out: otherwise it stays in the ring until others are done.
     #[inline]
     fn can_take(&self) -> bool {
-        !self.free.is_empty() && self.grants.free_pages() > self.shape.indirect.max(DIRECT_SEGMENTS)
-    }
-
-    /// Whether a flush waits that could begin. One that may not is announced by the waker.
-    fn can_flush(&self) -> bool {
-        !self.flush_waiting.is_empty() && self.flush_running.is_empty() && self.health.is_free()
+        !self.seat.is_closed()
+            && self.barrier.is_none()
+            && !self.free.is_empty()
+            && self.grants.free_pages() > self.shape.indirect.max(DIRECT_SEGMENTS)
     }
 
     /// Takes requests and starts them.
@@ -302,6 +316,7 @@ impl<S: Storage> Queue<S> {
             }
         }
         self.start_copied_writes(progress);
+        self.advance_barrier();
         self.start_flush();
         Ok(())
     }
@@ -315,6 +330,10 @@ impl<S: Storage> Queue<S> {
             Work::Flush => {
                 let token = self.take_off(due, Doing::Flush, 0, 0);
                 self.flush_waiting.push(token);
+            }
+            Work::Barrier => {
+                let token = self.take_off(due, Doing::Barrier, 0, 0);
+                self.begin_barrier(token);
             }
             Work::Discard { offset, len } => {
                 let token = self.take_off(due, Doing::Discard, offset, len);
@@ -350,9 +369,13 @@ impl<S: Storage> Queue<S> {
             Transfer::Read => (Doing::Read, CopyDirection::ToGuest),
             Transfer::Write => (Doing::Write, CopyDirection::FromGuest),
             Transfer::FlushThenWrite => (Doing::FlushThenWrite, CopyDirection::FromGuest),
+            Transfer::Barrier => (Doing::Barrier, CopyDirection::FromGuest),
         };
         let offset = sector * SECTOR;
         let token = self.take_off(due, doing, offset, len);
+        if doing == Doing::Barrier {
+            self.begin_barrier(token);
+        }
         let mut memory = self.lists.pop().unwrap_or_default();
         let flight = &mut self.flights[token as usize];
         for segment in &self.segments {
@@ -410,68 +433,22 @@ impl<S: Storage> Queue<S> {
         }
         self.run_batch(|queue, token, okay| {
             let flight = &mut queue.flights[token as usize];
-            if !okay {
-                let memory = std::mem::take(&mut flight.memory);
-                if let Some(due) = queue.land(token, memory) {
-                    queue.refuse(due, Refusal::Grant, progress);
-                }
-            } else if flight.doing == Some(Doing::FlushThenWrite) {
-                queue.flush_waiting.push(token);
-            } else {
-                let memory = std::mem::take(&mut flight.memory);
-                queue.storage.write(flight.offset, memory, token);
-            }
-        });
-    }
-
-    /// Starts one flush for all that wait for one, if it is this queue's turn. It begins after the last of them came,
-    /// so it covers everything that was answered before any of them.
-    fn start_flush(&mut self) {
-        if self.flush_waiting.is_empty() || !self.flush_running.is_empty() {
-            return;
-        }
-        match self.health.begin(&self.wake) {
-            Permit::Wait => {}
-            Permit::Granted => {
-                std::mem::swap(&mut self.flush_waiting, &mut self.flush_running);
-                self.storage.flush(self.flush_running[0]);
-            }
-            Permit::Never => {
-                for token in std::mem::take(&mut self.flush_waiting) {
-                    self.withhold(token);
-                }
-            }
-        }
-    }
-
-    /// The flush has ended, for all that it served.
-    fn finish_flush(&mut self, result: io::Result<()>, progress: &mut Progress) -> Result<(), Broken> {
-        self.health.end(result.is_ok());
-        let mut served = std::mem::take(&mut self.flush_running);
-        for token in served.drain(..) {
-            let flight = &mut self.flights[token as usize];
-            let memory = std::mem::take(&mut flight.memory);
-            match (&result, flight.doing) {
-                // Linux takes any failure of a flush for "this disk needs no flushes", reports success to the file
-                // system and never flushes again. Silence is the only honest answer.
-                (Err(_), _) => {
-                    flight.memory = memory;
-                    self.counters.io_errors.add(1);
-                    self.withhold(token);
-                }
-                (Ok(()), Some(Doing::FlushThenWrite)) => {
-                    flight.doing = Some(Doing::Write);
-                    self.storage.write(flight.offset, memory, token);
-                }
-                (Ok(()), doing) => {
-                    if let Some(due) = self.land(token, memory) {
-                        self.succeed(doing, 0, due, progress);
+            match flight.doing {
+                _ if !okay => {
+                    let memory = std::mem::take(&mut flight.memory);
+                    if let Some(due) = queue.land(token, memory) {
+                        queue.refuse(due, Refusal::Grant, progress);
                     }
                 }
+                Some(Doing::FlushThenWrite) => queue.flush_waiting.push(token),
+                // Its data are safe with us; it begins when everything before it is done.
+                Some(Doing::Barrier) => {}
+                _ => {
+                    let memory = std::mem::take(&mut flight.memory);
+                    queue.storage.write(flight.offset, memory, token);
+                }
             }
-        }
-        self.flush_running = served;
-        result.map_err(Broken::Flush)
+        });
     }
 
     /// Ends a request without an answer.
@@ -514,7 +491,13 @@ impl<S: Storage> Queue<S> {
                 self.batch_copies(token);
                 return Ok(());
             }
-            (Some(Doing::Flush | Doing::FlushThenWrite), result) => return self.finish_flush(result, progress),
+            (Some(Doing::Flush | Doing::FlushThenWrite | Doing::BarrierFlush | Doing::BarrierEnd), result) => {
+                return self.finish_flush(result, progress);
+            }
+            (Some(Doing::BarrierWrite), Ok(())) => {
+                self.keep_list(memory);
+                self.end_barrier_write(token);
+            }
             (doing, result) => {
                 let Some(due) = self.land(token, memory) else { return Ok(()) };
                 match result {
@@ -535,12 +518,13 @@ impl<S: Storage> Queue<S> {
             }
             // A promise that a later flush could not keep.
             _ if self.health.flush_failed() => return due.withhold(),
-            Some(Doing::Write | Doing::FlushThenWrite) => {
+            Some(Doing::Write | Doing::FlushThenWrite | Doing::BarrierEnd) => {
                 counters.writes.add(1);
                 counters.bytes_written.add(len);
             }
             Some(Doing::Flush) => counters.flushes.add(1),
-            Some(Doing::Discard) | None => counters.discards.add(1),
+            Some(Doing::Discard) => counters.discards.add(1),
+            doing => debug_assert!(false, "{doing:?} does not end a request"),
         }
         self.answer(due, Status::Okay, progress);
     }
@@ -580,6 +564,10 @@ impl<S: Storage> Queue<S> {
         let due = flight.due.take();
         if due.is_some() {
             self.free.push(token);
+            if self.barrier == Some(token) {
+                self.barrier = None;
+                self.seat.open();
+            }
         }
         due
     }

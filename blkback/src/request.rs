@@ -13,6 +13,8 @@ pub struct Shape {
     pub read_only: bool,
     /// DISCARD is offered.
     pub discard: bool,
+    /// WRITE_BARRIER is offered.
+    pub barrier: bool,
     /// Most segments of an indirect request; 0 where they are not offered.
     pub indirect: usize,
 }
@@ -80,6 +82,8 @@ pub enum Transfer {
     Write,
     /// A flush, and then a write.
     FlushThenWrite,
+    /// A write after everything before it, and before everything after it.
+    Barrier,
 }
 
 /// What a request asks for, as far as its slot alone tells.
@@ -101,6 +105,8 @@ pub enum Work {
     },
     /// Put on stable storage what was answered so far.
     Flush,
+    /// A barrier without data: a flush that everything else waits for.
+    Barrier,
     /// Give up these bytes.
     Discard {
         /// First byte.
@@ -152,6 +158,12 @@ pub fn parse(slot: &Slot, shape: &Shape) -> Result<Work, Refusal> {
             segments if segments <= DIRECT_SEGMENTS => {
                 Ok(Work::Direct { transfer: Transfer::FlushThenWrite, segments })
             }
+            _ => Err(Refusal::SegmentCount),
+        },
+        op::WRITE_BARRIER if shape.barrier => match slot.nr_segments() {
+            _ if shape.read_only => Err(Refusal::ReadOnly),
+            0 => Ok(Work::Barrier),
+            segments if segments <= DIRECT_SEGMENTS => Ok(Work::Direct { transfer: Transfer::Barrier, segments }),
             _ => Err(Refusal::SegmentCount),
         },
         op::DISCARD if shape.discard => {
@@ -218,9 +230,9 @@ mod tests {
     use crate::abi::Protocol;
     use hypervisor::GrantRef;
 
-    const SHAPE: Shape = Shape { sectors: 1000, block: 1, read_only: false, discard: true, indirect: 256 };
+    const SHAPE: Shape = Shape { sectors: 1000, block: 1, read_only: false, discard: true, barrier: true, indirect: 256 };
     const READ_ONLY: Shape = Shape { read_only: true, ..SHAPE };
-    const PLAIN: Shape = Shape { discard: false, indirect: 0, ..SHAPE };
+    const PLAIN: Shape = Shape { discard: false, barrier: false, indirect: 0, ..SHAPE };
     const PAGES: [GrantRef; 1] = [GrantRef(1)];
 
     fn direct(operation: u8, segments: u8) -> Slot {
@@ -248,7 +260,11 @@ mod tests {
             (direct(op::FLUSH_DISKCACHE, 2), SHAPE, Ok(Work::Direct { transfer: FlushThenWrite, segments: 2 })),
             (direct(op::FLUSH_DISKCACHE, 12), SHAPE, Err(R::SegmentCount)),
             (direct(op::FLUSH_DISKCACHE, 1), READ_ONLY, Err(R::ReadOnly)),
-            (direct(op::WRITE_BARRIER, 1), SHAPE, Err(R::Operation)),
+            (direct(op::WRITE_BARRIER, 0), SHAPE, Ok(Work::Barrier)),
+            (direct(op::WRITE_BARRIER, 11), SHAPE, Ok(Work::Direct { transfer: Barrier, segments: 11 })),
+            (direct(op::WRITE_BARRIER, 12), SHAPE, Err(R::SegmentCount)),
+            (direct(op::WRITE_BARRIER, 1), READ_ONLY, Err(R::ReadOnly)),
+            (direct(op::WRITE_BARRIER, 1), PLAIN, Err(R::Operation)),
             (direct(4, 1), SHAPE, Err(R::Operation)),
             (direct(7, 1), SHAPE, Err(R::Operation)),
             (direct(255, 1), SHAPE, Err(R::Operation)),

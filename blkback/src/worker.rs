@@ -15,6 +15,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use xenstore_client::xenbus::{Blame, Fault};
 
 use crate::abi::Protocol;
+use crate::barrier::Barriers;
 use crate::counters::Counters;
 use crate::grants::Grants;
 use crate::health::Health;
@@ -54,6 +55,8 @@ pub struct Plan {
     pub shape: Shape,
     /// Shared by the disk's queues.
     pub health: Arc<Health>,
+    /// Shared by the disk's queues.
+    pub barriers: Arc<Barriers>,
     /// Read by others.
     pub counters: Arc<Counters>,
     /// The processor to stay on.
@@ -178,7 +181,7 @@ const EVENT: u32 = 0;
 const CONTROL: u32 = 1;
 
 fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<UringStorage>, Fault> {
-    let Plan { xen, peer, keys, protocol, persistent, image, shape, health, counters, .. } = plan;
+    let Plan { xen, peer, keys, protocol, persistent, image, shape, health, barriers, counters, .. } = plan;
     let ring = xen
         .map(peer, &keys.ring, GrantAccess::ReadWrite)
         .map_err(|error| Fault::guest(libc::EINVAL, format!("mapping the ring: {error}")))?;
@@ -192,7 +195,8 @@ fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<UringStorage>, Fault> 
     let most_kept = if persistent { MOST_KEPT } else { 0 };
     let grants = Grants::new(xen, peer, ARENA_PAGES, most_kept).map_err(|error| host("memory for copies", error))?;
     let ring = BackRing::attach(ring, layout, 0);
-    Ok(Queue::new(Parts { ring, protocol, grants, channel, storage, shape, health, wake: Arc::clone(wake), counters }))
+    let wake = Arc::clone(wake);
+    Ok(Queue::new(Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters }))
 }
 
 fn fault(broken: &Broken) -> Fault {

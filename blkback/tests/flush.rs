@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use blkback::abi::{Answer, Protocol, Segment, Slot, op};
+use blkback::barrier::Barriers;
 use blkback::grants::Grants;
 use blkback::health::Health;
 use blkback::queue::{Broken, Parts, Queue};
@@ -86,10 +87,10 @@ struct Lane {
 }
 
 const PROTOCOL: Protocol = Protocol::X86_64;
-const SHAPE: Shape = Shape { sectors: 1000, block: 1, read_only: false, discard: true, indirect: 0 };
+const SHAPE: Shape = Shape { sectors: 1000, block: 1, read_only: false, discard: true, barrier: true, indirect: 0 };
 
 impl Lane {
-    fn new(xen: &Arc<dyn Backend>, guest: &GuestSeat, health: &Arc<Health>) -> Self {
+    fn new(xen: &Arc<dyn Backend>, guest: &GuestSeat, health: &Arc<Health>, barriers: &Arc<Barriers>) -> Self {
         let peer = Guest::domid(guest);
         let Shared { memory, refs } = guest.share(DomId::DOM0, 1, GrantAccess::ReadWrite).unwrap();
         let layout = Layout::new(PROTOCOL.stride(), 1);
@@ -108,6 +109,7 @@ impl Lane {
             storage: disk.clone(),
             shape: SHAPE,
             health: Arc::clone(health),
+            barriers: Arc::clone(barriers),
             wake: Arc::clone(&wake),
             counters: Arc::default(),
         });
@@ -151,8 +153,9 @@ fn two_queues() -> (Lane, Lane, Arc<GuestSeat>) {
     let machine = Machine::new(Limits::default()).unwrap();
     let xen: Arc<dyn Backend> = Arc::new(Member::local(&machine, DomId::DOM0).unwrap());
     let guest = Arc::new(machine.create_guest(GuestOptions { name: "g".into(), ..GuestOptions::default() }).unwrap());
-    let health = Arc::new(Health::default());
-    (Lane::new(&xen, &guest, &health), Lane::new(&xen, &guest, &health), guest)
+    let (health, barriers) = (Arc::new(Health::default()), Arc::new(Barriers::default()));
+    let lane = || Lane::new(&xen, &guest, &health, &barriers);
+    (lane(), lane(), guest)
 }
 
 fn eio() -> io::Result<()> {
@@ -249,4 +252,91 @@ fn a_write_that_fails_is_one_requests_error() {
     one.disk.end("flush", Ok(()));
     one.turn();
     assert_eq!(one.answers(), [(1, -1), (2, 0)]);
+}
+
+/// Everything before it on either queue, its flush, its write, its flush; and only then anything after it.
+#[test]
+fn a_barrier_is_one_over_all_queues() {
+    let (mut one, mut two, _guest) = two_queues();
+    one.ask(op::WRITE, 1, true);
+    two.ask(op::WRITE, 2, true);
+    one.turn();
+    two.turn();
+    one.ask(op::WRITE_BARRIER, 3, true);
+    one.ask(op::WRITE, 4, true);
+    two.ask(op::READ, 5, true);
+    one.turn();
+    assert!(two.rang(), "the other queue has to know");
+    two.turn();
+    assert_eq!((one.disk.asked(), two.disk.asked()), (vec!["write"], vec!["write"]), "nothing overtakes");
+    one.disk.end("write", Ok(()));
+    one.turn();
+    assert_eq!((one.answers(), one.disk.asked()), (vec![(1, 0)], vec![]), "the other queue's write is before it too");
+    assert!(!one.rang());
+    two.disk.end("write", Ok(()));
+    two.turn();
+    assert!(one.rang() && !two.back.rearm().unwrap(), "the disk is closed");
+    one.turn();
+    for step in ["flush", "write", "flush"] {
+        assert_eq!((one.disk.asked(), two.disk.asked()), (vec![step], vec![]));
+        assert_eq!(one.answers(), []);
+        one.disk.end(step, Ok(()));
+        one.turn();
+    }
+    assert!(two.rang());
+    two.turn();
+    one.turn();
+    assert_eq!((one.disk.asked(), two.disk.asked()), (vec!["write"], vec!["read"]));
+    assert_eq!((one.answers(), two.answers()), (vec![(3, 0)], vec![(2, 0)]));
+}
+
+#[test]
+fn two_barriers_take_turns() {
+    let (mut one, mut two, _guest) = two_queues();
+    one.ask(op::WRITE_BARRIER, 1, false);
+    one.turn();
+    // Taken before it could see that the disk is closed: what the race between two threads gives.
+    assert_eq!(one.disk.asked(), [] as [&str; 0], "the other queue has not said that it is quiet");
+    two.ask(op::WRITE_BARRIER, 2, true);
+    two.turn();
+    assert_eq!(two.back.in_flight(), 0, "closed");
+    one.turn();
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(1, 0)], "a barrier without data ends with its flush");
+    two.turn();
+    one.turn();
+    two.turn();
+    for step in ["flush", "write", "flush"] {
+        two.disk.end(step, Ok(()));
+        two.turn();
+    }
+    assert_eq!(two.answers(), [(2, 0)]);
+}
+
+#[test]
+fn a_barrier_that_fails_lets_the_others_go_on() {
+    let (mut one, mut two, _guest) = two_queues();
+    one.ask(op::WRITE_BARRIER, 1, true);
+    one.turn();
+    two.turn();
+    one.turn();
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    one.disk.end("write", eio());
+    one.turn();
+    assert_eq!(one.answers(), [(1, -1)]);
+    two.ask(op::READ, 2, true);
+    two.turn();
+    assert_eq!(two.disk.asked(), ["read"]);
+    // After it, a barrier whose flush fails stays without an answer, as a flush would.
+    two.disk.end("read", Ok(()));
+    two.turn();
+    one.ask(op::WRITE_BARRIER, 3, true);
+    one.turn();
+    two.turn();
+    one.turn();
+    one.disk.end("flush", eio());
+    assert!(matches!(one.back.turn(), Err(Broken::Flush(_))));
+    assert_eq!((one.answers(), one.back.in_flight()), (vec![], 0));
 }

@@ -189,6 +189,35 @@ fn the_directory_that_libxl_writes_for_backendtype_tap() {
     server.join().unwrap();
 }
 
+/// Barriers on all queues at once, from threads that do not know of each other: each is answered, and what one queue
+/// wrote before its barrier is on the disk after it.
+#[test]
+fn barriers_on_every_queue() {
+    let dom0 = Dom0::with(Config { limits: Limits { queues: 4, ..Limits::default() }, cpus: vec![] });
+    let image = dom0.image("disk.img", 8 << 20);
+    let options = Options { queues: 4, pool_pages: 32, ..Options::default() };
+    let mut disk = dom0.connected(&image, "w", &options);
+    std::thread::scope(|scope| {
+        for (number, queue) in disk.queues.iter_mut().enumerate() {
+            scope.spawn(move || {
+                let first = number as u64 * 2048;
+                for round in 0..40u32 {
+                    for slot in 0..8 {
+                        queue.data().copy_in(slot as usize * 4096, &pattern(u64::from(round) << 8 | first, slot));
+                        queue.submit(op::WRITE, first + 8 * u64::from(slot), &[page(slot)], u64::from(slot));
+                    }
+                    let with_data = round % 3 != 0;
+                    queue.submit(op::WRITE_BARRIER, first + 64, &[page(0)][..usize::from(with_data)], 8);
+                    let mut seen: Vec<_> = outcomes(queue, 9).iter().map(|done| (done.tag, done.status)).collect();
+                    seen.sort_unstable();
+                    assert_eq!(seen, (0..9).map(|tag| (tag, 0)).collect::<Vec<_>>(), "queue {number}, round {round}");
+                }
+            });
+        }
+    });
+    disk.close();
+}
+
 /// A block device is served like a file: read, written, flushed, and freed by discards.
 #[test]
 fn a_block_device() {
