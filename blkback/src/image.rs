@@ -5,11 +5,13 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, OFlags};
 
 use crate::abi::SECTOR;
 use crate::lock;
+use crate::neighbours::{self, Neighbour};
 use crate::spec::Access;
 
 /// Why a file or device cannot be a disk.
@@ -63,6 +65,8 @@ pub enum Problem {
 pub struct Image {
     file: File,
     path: PathBuf,
+    /// Files under a loop device, claimed along with it.
+    _under: Vec<File>,
     /// Whole sectors of 512 bytes.
     pub sectors: u64,
     /// Bytes of the disk's own sectors: the unit of a request.
@@ -98,9 +102,8 @@ impl Image {
     pub fn check(path: &Path, access: Access) -> Result<Option<(u32, u32)>, ImageError> {
         let checked = || {
             let (mut file, metadata) = open_file(path, access)?;
-            if metadata.is_file() {
-                lock::check(&file, access).map_err(Problem::InUse)?;
-            }
+            wait_for_the_dead(&file, access);
+            claim(&file, &metadata, access, (lock::check, lock::check_part))?;
             size(&mut file)?;
             Ok(metadata.file_type().is_block_device().then(|| device_number(metadata.rdev())))
         };
@@ -109,9 +112,7 @@ impl Image {
 
     fn open_inner(path: &Path, access: Access) -> Result<Self, Problem> {
         let (mut file, metadata) = open_file(path, access)?;
-        if metadata.is_file() {
-            lock::claim(&file, access).map_err(Problem::InUse)?;
-        }
+        let under = claim(&file, &metadata, access, (lock::claim, lock::claim_part))?;
         let bytes = size(&mut file)?;
         let mut image = Self {
             path: path.to_owned(),
@@ -124,6 +125,7 @@ impl Image {
             device: None,
             notes: Vec::new(),
             file,
+            _under: under,
         };
         if bytes % SECTOR != 0 {
             image.notes.push(format!("the last {} bytes are no whole sector and are not served", bytes % SECTOR));
@@ -134,6 +136,13 @@ impl Image {
             image.learn_file(metadata.blksize(), bytes, access != Access::ReadOnly);
         }
         image.direct = image.try_direct();
+        if !image.direct && access == Access::SharedWrite {
+            return Err(Problem::InUse(
+                "cannot be shared (w!): its storage cannot do direct I/O, and what one guest writes would stay in this \
+                 machine's page cache, unseen by others"
+                    .to_owned(),
+            ));
+        }
         if !image.direct {
             image.notes.push(
                 "its storage cannot do direct I/O in units of 512 bytes: served through the page cache".to_owned(),
@@ -195,6 +204,62 @@ impl AsFd for Image {
     }
 }
 
+type Lock = fn(&File, Access) -> Result<(), String>;
+
+/// Claims what was opened, by the means of `lock` (for all of a file, and for a part of it), and looks for others who use it without a lock. Returns what else
+/// has to stay open for the claim to hold.
+fn claim(
+    file: &File,
+    metadata: &Metadata,
+    access: Access,
+    (lock, lock_part): (Lock, Lock),
+) -> Result<Vec<File>, Problem> {
+    lock(file, access).map_err(Problem::InUse)?;
+    if metadata.is_file() {
+        refuse_neighbours(access, &neighbours::of_file(metadata))?;
+        return Ok(Vec::new());
+    }
+    let device = metadata.rdev();
+    refuse_neighbours(access, &neighbours::of_device(device))?;
+    for path in neighbours::relatives(device) {
+        // A partition that is served is locked on its own node. One that cannot be opened is served by nobody.
+        let Ok(relative) = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(&path)
+        else {
+            continue;
+        };
+        lock::check(&relative, access)
+            .map_err(|text| Problem::InUse(format!("shares its sectors with {}, which {text}", path.display())))?;
+    }
+    let mut under = Vec::new();
+    for (path, whole) in neighbours::files_under(device) {
+        // A file that was deleted under its loop device cannot be opened by anybody else either.
+        let Ok(below) = File::options().read(true).write(access != Access::ReadOnly).open(&path) else { continue };
+        let claimed = if whole { lock(&below, access) } else { lock_part(&below, access) };
+        claimed.map_err(|text| Problem::InUse(format!("is a loop device over {}, which {text}", path.display())))?;
+        under.push(below);
+    }
+    Ok(under)
+}
+
+fn refuse_neighbours(access: Access, neighbours: &[Neighbour]) -> Result<(), Problem> {
+    match neighbours::in_the_way(access, neighbours) {
+        None => Ok(()),
+        Some(Neighbour { what, remedy, .. }) => Err(Problem::InUse(format!("is in use here: {what}; {remedy} first"))),
+    }
+}
+
+/// How long the last writes of a killed process are waited for.
+const LAST_WRITES: Duration = Duration::from_secs(20);
+
+/// Waits while a file is locked by nobody who lives. Direct writes of a process that was killed go on landing until they
+/// are done, and only then is its lock gone: whoever writes before would be overwritten.
+fn wait_for_the_dead(file: &File, access: Access) {
+    let began = Instant::now();
+    while began.elapsed() < LAST_WRITES && lock::check(file, access).is_err() && !lock::has_live_holder(file) {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// Opens what can be a disk, and nothing else.
 fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
     // Looked at before it is opened: opening a pipe or a device can have effects.
@@ -214,7 +279,7 @@ fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
         .write(access != Access::ReadOnly)
         .custom_flags(flags.bits().cast_signed())
         .open(path)
-        .map_err(|error| open_problem(error, access))?;
+        .map_err(|error| busy_or(path, access, open_problem(error, access)))?;
     let metadata = file.metadata().map_err(io_problem("fstat"))?;
     Ok((file, metadata))
 }
@@ -249,11 +314,20 @@ fn open_problem(error: io::Error, access: Access) -> Problem {
         }
         (io::ErrorKind::IsADirectory, _) => Problem::Directory,
         (io::ErrorKind::ReadOnlyFilesystem, _) => Problem::ReadOnlyStorage,
-        (_, Some(libc::EBUSY)) => Problem::InUse(
-            "is in use by this machine (mounted, or part of a volume or another disk); unmount it, or attach it with access r".to_owned(),
-        ),
+        (_, Some(libc::EBUSY)) => {
+            Problem::InUse("is claimed by this machine or another guest, alone; detach it there first".to_owned())
+        }
         _ => Problem::Io { what: "open", source: error },
     }
+}
+
+/// Says who, where the kernel only said busy.
+fn busy_or(path: &Path, access: Access, problem: Problem) -> Problem {
+    let neighbours = match &problem {
+        Problem::InUse(_) => std::fs::metadata(path).map(|m| neighbours::of_device(m.rdev())).unwrap_or_default(),
+        _ => Vec::new(),
+    };
+    refuse_neighbours(access, &neighbours).err().unwrap_or(problem)
 }
 
 fn io_problem<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Problem {

@@ -23,6 +23,7 @@ pub mod image;
 pub mod lock;
 pub mod log_gate;
 pub mod negotiate;
+pub mod neighbours;
 pub mod patience;
 pub mod queue;
 pub mod request;

@@ -5,9 +5,9 @@
 //! 100+n is locked by who holds permission n, byte 200+n by who does not want others to hold it. So QEMU, qemu-img and
 //! qemu-nbd see us, and we see them. Permission 0 is to read data that stay consistent, 1 to write, 3 to resize.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -43,6 +43,34 @@ pub fn claim(file: &File, access: Access) -> Result<(), String> {
         Some(_) => Err(refusal(file, access, nix::errno::Errno::EAGAIN)),
         None => Ok(()),
     }
+}
+
+/// Claims a part of what is in `file`: conflicts with who wants the whole of it alone, not with other parts.
+///
+/// # Errors
+/// As [`claim`].
+pub fn claim_part(file: &File, access: Access) -> Result<(), String> {
+    let holds = permissions(access).0;
+    for &permission in holds {
+        set(file, HOLDS + permission, libc::F_RDLCK).map_err(|error| refusal(file, access, error))?;
+    }
+    check_part(file, access)
+}
+
+/// Whether [`claim_part`] would succeed now.
+///
+/// # Errors
+/// As [`claim`].
+pub fn check_part(file: &File, access: Access) -> Result<(), String> {
+    match permissions(access).0.iter().any(|permission| is_held(file, DENIES + permission)) {
+        true => Err(refusal(file, access, nix::errno::Errno::EAGAIN)),
+        false => Ok(()),
+    }
+}
+
+/// Whether some process other than this still has the file open, or this one has it open twice.
+pub fn has_live_holder(file: &File) -> bool {
+    !holders(file).is_empty()
 }
 
 /// Whether [`claim`] would succeed now, without taking anything: a claim made only to look would be in the way of
@@ -99,6 +127,11 @@ fn refusal(file: &File, access: Access, error: nix::errno::Errno) -> String {
 /// Processes other than this that have the file open, as far as /proc shows them. OFD locks name no process.
 fn holders(file: &File) -> Vec<String> {
     let Ok(ours) = file.metadata() else { return Vec::new() };
+    let same_thing = |other: &Metadata| match ours.file_type().is_block_device() {
+        // Whatever node it was opened by.
+        true => other.file_type().is_block_device() && other.rdev() == ours.rdev(),
+        false => (other.dev(), other.ino()) == (ours.dev(), ours.ino()),
+    };
     let mut found = Vec::new();
     let Ok(processes) = std::fs::read_dir("/proc") else { return found };
     for process in processes.flatten() {
@@ -106,7 +139,7 @@ fn holders(file: &File) -> Vec<String> {
         let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
         let same = |entry: std::fs::DirEntry| {
             let own = pid == std::process::id() && entry.file_name().to_str() == Some(&file.as_raw_fd().to_string());
-            !own && std::fs::metadata(entry.path()).is_ok_and(|m| (m.dev(), m.ino()) == (ours.dev(), ours.ino()))
+            !own && std::fs::metadata(entry.path()).is_ok_and(|metadata| same_thing(&metadata))
         };
         if descriptors.flatten().any(same) {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
