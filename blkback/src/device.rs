@@ -7,6 +7,7 @@ use hypervisor::Backend;
 use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 
 use crate::barrier::Barriers;
+use crate::bounce::Units;
 use crate::counters::Counters;
 use crate::health::Health;
 use crate::hotplug;
@@ -138,7 +139,7 @@ impl Vbd {
     fn start_queues(&mut self, agreed: &Agreed, image: &Arc<Image>, shape: Shape) -> Result<(), Fault> {
         let mut workers = Vec::with_capacity(agreed.queues.len());
         self.counters = agreed.queues.iter().map(|_| Arc::default()).collect();
-        let barriers = Arc::new(Barriers::default());
+        let (barriers, units) = (Arc::new(Barriers::default()), Arc::new(Units::default()));
         for (index, keys) in agreed.queues.iter().enumerate() {
             let plan = Plan {
                 xen: Arc::clone(&self.xen),
@@ -152,6 +153,7 @@ impl Vbd {
                 shape,
                 health: Arc::clone(&self.health),
                 barriers: Arc::clone(&barriers),
+                units: Arc::clone(&units),
                 counters: Arc::clone(&self.counters[index]),
                 cpu: self.next_cpu(),
             };
@@ -214,6 +216,7 @@ impl Device for Vbd {
             image = %image.path().display(),
             sectors = image.sectors,
             direct = image.direct,
+            unit = image.unit,
             discard,
             "opened"
         );

@@ -224,8 +224,7 @@ impl Frontend {
         match self.switch(State::Closed) {
             Ok(()) => {}
             // A toolstack that saw the backend's 6 does not wait for ours: the directory may be gone already.
-            Err(Error::Store(error))
-                if matches!(error.code(), Some(ErrorCode::Access | ErrorCode::NotFound)) => {}
+            Err(Error::Store(error)) if matches!(error.code(), Some(ErrorCode::Access | ErrorCode::NotFound)) => {}
             Err(error) => return Err(error),
         }
         let state = format!("{}/state", self.backend_path);

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{FallocateFlags, OFlags, StatxFlags};
 
 use crate::abi::SECTOR;
 use crate::lock;
@@ -75,6 +75,9 @@ pub struct Image {
     pub physical_sector_size: u32,
     /// Whether the page cache is left out.
     pub direct: bool,
+    /// Bytes that the storage reads and writes at least: more than [`sector_size`](Self::sector_size) where smaller
+    /// requests go through [`Bounced`](crate::bounce::Bounced).
+    pub unit: u32,
     /// Whether DISCARD frees storage.
     pub discard: bool,
     /// Bytes that DISCARD frees at a time.
@@ -120,6 +123,7 @@ impl Image {
             sector_size: SECTOR as u32,
             physical_sector_size: SECTOR as u32,
             direct: false,
+            unit: SECTOR as u32,
             discard: false,
             discard_granularity: 0,
             device: None,
@@ -135,19 +139,7 @@ impl Image {
         } else {
             image.learn_file(metadata.blksize(), bytes, access != Access::ReadOnly);
         }
-        image.direct = image.try_direct();
-        if !image.direct && access == Access::SharedWrite {
-            return Err(Problem::InUse(
-                "cannot be shared (w!): its storage cannot do direct I/O, and what one guest writes would stay in this \
-                 machine's page cache, unseen by others"
-                    .to_owned(),
-            ));
-        }
-        if !image.direct {
-            image.notes.push(
-                "its storage cannot do direct I/O in units of 512 bytes: served through the page cache".to_owned(),
-            );
-        }
+        image.choose_unit(access)?;
         Ok(image)
     }
 
@@ -174,13 +166,48 @@ impl Image {
         self.discard_granularity = block;
     }
 
-    /// Switches the page cache off if a guest's smallest request, one sector anywhere, then still works.
-    fn try_direct(&self) -> bool {
+    /// Leaves the page cache out if the storage lets us, in units of the disk's sectors or in larger ones.
+    fn choose_unit(&mut self, access: Access) -> Result<(), Problem> {
+        self.unit = self.sector_size;
+        self.direct = self.try_direct(self.sector_size);
+        if self.direct {
+            return Ok(());
+        }
+        // Storage with sectors of 4096 bytes under a file.
+        let whole = (self.sectors * SECTOR).is_multiple_of(u64::from(LARGE));
+        if self.sector_size < LARGE && whole && self.try_direct(LARGE) {
+            self.direct = true;
+            self.unit = LARGE;
+            self.physical_sector_size = self.physical_sector_size.max(LARGE);
+            // Two backends that read, change and write the same unit would undo each other's writes.
+            if access == Access::SharedWrite {
+                self.sector_size = LARGE;
+                self.notes.push("its storage has sectors of 4096 bytes, and so has this shared disk".to_owned());
+            }
+            return Ok(());
+        }
+        if access == Access::SharedWrite {
+            return Err(Problem::InUse(
+                "cannot be shared (w!): its storage cannot do direct I/O, and what one guest writes would stay in this \
+                 machine's page cache, unseen by others"
+                    .to_owned(),
+            ));
+        }
+        self.notes.push("its storage cannot do direct I/O: served through the page cache".to_owned());
+        Ok(())
+    }
+
+    /// Switches the page cache off if the smallest request, `unit` bytes anywhere, then still works.
+    fn try_direct(&self, unit: u32) -> bool {
+        // Asked before it is tried: on a hole of a sparse file ext4 lets a read pass that it refuses later, on data.
+        let fits = self
+            .direct_io_units()
+            .is_none_or(|(offset, memory)| (1..=unit).contains(&offset) && (1..=SECTOR as u32).contains(&memory));
         let plain = OFlags::NONBLOCK;
-        if rustix::fs::fcntl_setfl(&self.file, plain | OFlags::DIRECT).is_err() {
+        if !fits || rustix::fs::fcntl_setfl(&self.file, plain | OFlags::DIRECT).is_err() {
             return false;
         }
-        let unit = self.sector_size as usize;
+        let unit = unit as usize;
         let mut buffer = vec![0; 4096 + 512 + unit];
         // As odd as a guest's smallest request gets: not the start of a page, where sectors are smaller than that.
         let start = buffer.as_ptr().align_offset(4096) + if unit == 512 { 512 } else { 0 };
@@ -190,6 +217,15 @@ impl Image {
             tracing::warn!(path = %self.path.display(), "cannot switch O_DIRECT off again");
         }
         works
+    }
+
+    /// What direct I/O wants offsets and memory to be multiples of, in bytes, 0 where there is none; `None` where the
+    /// kernel or file system does not say (statx(2), STATX_DIOALIGN, since Linux 6.1).
+    fn direct_io_units(&self) -> Option<(u32, u32)> {
+        let flags = StatxFlags::DIOALIGN;
+        let answer = rustix::fs::statx(&self.file, "", rustix::fs::AtFlags::EMPTY_PATH, flags).ok()?;
+        let known = answer.stx_mask & flags.bits() != 0;
+        known.then_some((answer.stx_dio_offset_align, answer.stx_dio_mem_align))
     }
 
     /// Where it is.
@@ -283,6 +319,9 @@ fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
     let metadata = file.metadata().map_err(io_problem("fstat"))?;
     Ok((file, metadata))
 }
+
+/// The sectors of a "4Kn" disk, in bytes.
+const LARGE: u32 = 4096;
 
 /// Bytes of a file or device that holds a sector at least.
 fn size(file: &mut File) -> Result<u64, Problem> {

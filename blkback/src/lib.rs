@@ -11,6 +11,7 @@
 
 pub mod abi;
 pub mod barrier;
+pub mod bounce;
 pub mod cli;
 pub mod counters;
 pub mod device;

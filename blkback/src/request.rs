@@ -230,7 +230,8 @@ mod tests {
     use crate::abi::Protocol;
     use hypervisor::GrantRef;
 
-    const SHAPE: Shape = Shape { sectors: 1000, block: 1, read_only: false, discard: true, barrier: true, indirect: 256 };
+    const SHAPE: Shape =
+        Shape { sectors: 1000, block: 1, read_only: false, discard: true, barrier: true, indirect: 256 };
     const READ_ONLY: Shape = Shape { read_only: true, ..SHAPE };
     const PLAIN: Shape = Shape { discard: false, barrier: false, indirect: 0, ..SHAPE };
     const PAGES: [GrantRef; 1] = [GrantRef(1)];

@@ -9,13 +9,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel;
-use hypervisor::{Backend, DomId, GrantAccess};
+use hypervisor::{Backend, DomId, GrantAccess, PAGE_SIZE};
 use ring::{BackRing, Layout};
 use rustix::event::{EventfdFlags, eventfd};
 use xenstore_client::xenbus::{Blame, Fault};
 
-use crate::abi::Protocol;
+use crate::abi::{DIRECT_SEGMENTS, Protocol};
 use crate::barrier::Barriers;
+use crate::bounce::{Bounced, Units};
 use crate::counters::Counters;
 use crate::grants::Grants;
 use crate::health::Health;
@@ -57,6 +58,8 @@ pub struct Plan {
     pub health: Arc<Health>,
     /// Shared by the disk's queues.
     pub barriers: Arc<Barriers>,
+    /// Shared by the disk's queues.
+    pub units: Arc<Units>,
     /// Read by others.
     pub counters: Arc<Counters>,
     /// The processor to stay on.
@@ -180,8 +183,8 @@ fn pin(cpu: Option<usize>) {
 const EVENT: u32 = 0;
 const CONTROL: u32 = 1;
 
-fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<UringStorage>, Fault> {
-    let Plan { xen, peer, keys, protocol, persistent, image, shape, health, barriers, counters, .. } = plan;
+fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<Bounced<UringStorage>>, Fault> {
+    let Plan { xen, peer, keys, protocol, persistent, image, shape, health, barriers, units, counters, .. } = plan;
     let ring = xen
         .map(peer, &keys.ring, GrantAccess::ReadWrite)
         .map_err(|error| Fault::guest(libc::EINVAL, format!("mapping the ring: {error}")))?;
@@ -192,6 +195,9 @@ fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<UringStorage>, Fault> 
     let entries = layout.entries();
     let storage = UringStorage::new(image.as_fd(), &[channel.fd(), wake.as_fd()], entries)
         .map_err(|error| host("io_uring (Linux 6.1 or newer, and kernel.io_uring_disabled=0, are needed)", error))?;
+    // A unit at each end more than the largest request, which is all indirect segments of a page each.
+    let largest = shape.indirect.max(DIRECT_SEGMENTS) * PAGE_SIZE;
+    let storage = Bounced::new(storage, image.unit, largest, units, Arc::clone(wake));
     let most_kept = if persistent { MOST_KEPT } else { 0 };
     let grants = Grants::new(xen, peer, ARENA_PAGES, most_kept).map_err(|error| host("memory for copies", error))?;
     let ring = BackRing::attach(ring, layout, 0);
@@ -210,7 +216,7 @@ fn fault(broken: &Broken) -> Fault {
 
 /// The life of a queue on its thread.
 struct Drive<'a, R> {
-    queue: Queue<UringStorage>,
+    queue: Queue<Bounced<UringStorage>>,
     counters: &'a Counters,
     stop: &'a AtomicBool,
     wake: &'a OwnedFd,
@@ -288,18 +294,18 @@ impl<R: Fn(Report)> Drive<'_, R> {
         self.counters.sleeps.add(1);
         let hold = patience.hold();
         if !hold.is_zero() {
-            self.queue.storage().wait(Some(hold)).map_err(waiting_failed)?;
+            self.queue.storage().inner().wait(Some(hold)).map_err(waiting_failed)?;
             if self.queue.has_work()? {
                 return Ok(());
             }
         }
         self.queue.channel().unmask().map_err(channel_failed)?;
         let began = Instant::now();
-        self.queue.storage().wait(Some(PERIOD)).map_err(waiting_failed)?;
+        self.queue.storage().inner().wait(Some(PERIOD)).map_err(waiting_failed)?;
         patience.slept(began.elapsed());
         // Finds out who rang; what the disk has finished is answered along the way.
         self.queue.drain()?;
-        if self.queue.storage().take_rung(EVENT) {
+        if self.queue.storage().inner().take_rung(EVENT) {
             self.queue.channel().take().map_err(channel_failed)?;
             patience.rang();
         }
@@ -309,7 +315,7 @@ impl<R: Fn(Report)> Drive<'_, R> {
 
     /// Takes the control thread's bell, or another queue's, so that it can ring again. What it means stands elsewhere.
     fn quiet_control(&mut self) {
-        if self.queue.storage().take_rung(CONTROL) {
+        if self.queue.storage().inner().take_rung(CONTROL) {
             // Empty is as good.
             let _ = rustix::io::read(self.wake, &mut [0; 8]);
         }
@@ -319,7 +325,7 @@ impl<R: Fn(Report)> Drive<'_, R> {
     fn drain(&mut self) -> Result<(), Broken> {
         // Nobody takes the guest's events any more: a descriptor that stays readable would have us spin until a slow
         // disk is done.
-        self.queue.storage().ignore(EVENT);
+        self.queue.storage().inner().ignore(EVENT);
         while self.queue.in_flight() > 0 || !self.stopped() {
             match self.queue.drain() {
                 // Said once already; the rest must still come back before memory may go.
@@ -327,7 +333,11 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 Err(broken) => return Err(broken),
             }
             if self.queue.in_flight() > 0 || !self.stopped() {
-                self.queue.storage().wait(Some(PERIOD)).map_err(|source| Broken::Host { what: "io_uring", source })?;
+                self.queue
+                    .storage()
+                    .inner()
+                    .wait(Some(PERIOD))
+                    .map_err(|source| Broken::Host { what: "io_uring", source })?;
                 self.quiet_control();
             }
         }

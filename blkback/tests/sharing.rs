@@ -6,6 +6,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use blkback::image::Image;
 use blkback::spec::Access::{self, ReadOnly, SharedWrite, Write};
@@ -31,6 +32,13 @@ fn run(program: &str, args: &[&str]) -> bool {
     Command::new(program).args(args).output().is_ok_and(|output| output.status.success())
 }
 
+/// One test at a time: what one of them forks holds all of this process's descriptors, and their locks, until it execs.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Undone when the test ends, however it ends.
 struct Undo(&'static str, Vec<String>);
 
@@ -43,6 +51,7 @@ impl Drop for Undo {
 
 #[test]
 fn every_name_of_a_file_is_the_same_file() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
     let _held = Image::open(&path, Write).unwrap();
@@ -68,6 +77,7 @@ fn every_name_of_a_file_is_the_same_file() {
 /// Of those that come at the same moment exactly one may write, again and again.
 #[test]
 fn twenty_at_once() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
     for round in 0..50 {
@@ -89,6 +99,7 @@ fn twenty_at_once() {
 
 #[test]
 fn a_loop_device_over_a_file() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
     let Some(device) = LoopDevice::on(&path, 512) else {
@@ -115,6 +126,7 @@ fn a_loop_device_over_a_file() {
 
 #[test]
 fn a_loop_device_over_a_file_that_is_served() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
     let _held = Image::open(&path, Write).unwrap();
@@ -130,6 +142,7 @@ fn a_loop_device_over_a_file_that_is_served() {
 
 #[test]
 fn what_is_mounted_here() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
     let place = dir.path().join("place");
@@ -159,6 +172,7 @@ fn what_is_mounted_here() {
 /// Two partitions go to two guests; the whole disk to nobody else meanwhile, and the other way round.
 #[test]
 fn partitions_of_a_disk() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
     let Some(device) = LoopDevice::on(&path, 512) else {
@@ -204,6 +218,7 @@ fn partitions_of_a_disk() {
 /// QEMU's tools see us, and we see them.
 #[test]
 fn qemu_and_we() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
     let write = |path: &Path| {

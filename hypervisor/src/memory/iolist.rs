@@ -98,6 +98,42 @@ impl IoList {
         self.advance(self.len);
     }
 
+    /// Whether each piece that is left is a multiple of `unit` bytes, as direct I/O wants it.
+    #[inline]
+    pub fn is_multiple_of(&self, unit: usize) -> bool {
+        self.pieces[self.first..].iter().all(|piece| piece.iov_len.is_multiple_of(unit))
+    }
+
+    /// Copies what is left to be done to `offset` of `target`.
+    ///
+    /// # Panics
+    /// When it does not fit there, or the target is read-only.
+    pub fn copy_to(&self, target: &Mapping, mut offset: usize) {
+        for piece in &self.pieces[self.first..] {
+            assert!(target.is_writable(), "write to a read-only mapping");
+            let to = target.address(offset, piece.iov_len).as_ptr();
+            // SAFETY: the piece lies inside a mapping that `held` keeps mapped (see `zero_rest`), the target's bytes
+            // inside the target, as `address` just checked. The two may be the same memory: copy allows for that.
+            unsafe { std::ptr::copy(piece.iov_base.cast::<u8>().cast_const(), to, piece.iov_len) };
+            offset += piece.iov_len;
+        }
+    }
+
+    /// Fills what is left to be done from `offset` of `source`, and marks it as done.
+    ///
+    /// # Panics
+    /// When the source has not so much, or one of the mappings is read-only.
+    pub fn fill_from(&mut self, source: &Mapping, mut offset: usize) {
+        assert!(self.is_writable(), "write to a read-only mapping");
+        for piece in &self.pieces[self.first..] {
+            let from = source.address(offset, piece.iov_len).as_ptr();
+            // SAFETY: as in `copy_to`, the other way round; the pieces are writable, as just checked.
+            unsafe { std::ptr::copy(from.cast_const(), piece.iov_base.cast::<u8>(), piece.iov_len) };
+            offset += piece.iov_len;
+        }
+        self.advance(self.len);
+    }
+
     /// Whether every piece may be written to. What the kernel is to fill must be.
     #[inline]
     pub fn is_writable(&self) -> bool {
@@ -134,6 +170,28 @@ mod tests {
         let mut tail = [1; 100];
         mapping.copy_out(4096, &mut tail);
         assert_eq!((list.len(), tail), (0, [0; 100]));
+    }
+
+    #[test]
+    fn bytes_go_through_another_mapping_and_back() {
+        let (ours, other) = (Rc::new(Mapping::anonymous(4096).unwrap()), Mapping::anonymous(4096).unwrap());
+        let list = |pieces: [(usize, usize); 2]| {
+            let mut list = IoList::default();
+            pieces.iter().for_each(|&(offset, len)| list.push(&ours, offset, len));
+            list
+        };
+        ours.copy_in(100, b"abc");
+        ours.copy_in(200, b"defg");
+        let from = list([(100, 3), (200, 4)]);
+        assert!(from.is_multiple_of(1) && !from.is_multiple_of(2));
+        from.copy_to(&other, 10);
+        let mut to = list([(300, 2), (400, 5)]);
+        to.fill_from(&other, 10);
+        assert!(to.is_empty());
+        let (mut first, mut second) = ([0; 2], [0; 5]);
+        ours.copy_out(300, &mut first);
+        ours.copy_out(400, &mut second);
+        assert_eq!((&first, &second), (b"ab", b"cdefg"));
     }
 
     #[test]
