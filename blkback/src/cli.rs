@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use hypervisor::{Backend, DomId, Machine};
-use nix::sys::signal::{SigSet, Signal};
-use xenstore_client::xenbus::driver::{Driver, StopHandle};
+use hypervisor::Backend;
+use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
+use xenstore_client::xenbus::Driver;
+use xenstore_client::xenbus::toolstack::find_domain;
 
 use crate::device::{Config, KINDS, VbdKind};
 use crate::hotplug;
@@ -22,12 +23,8 @@ use crate::vdev::Vdev;
 #[derive(Debug, Parser)]
 #[command(name = "blkback", version, about, max_term_width = 100)]
 struct Cli {
-    /// The machine to work on: xen, or emu:DIR where `emu-xen serve --dir DIR` runs (default: xen, in a domain of it)
-    #[arg(long, global = true, value_name = "MACHINE")]
-    hypervisor: Option<Machine>,
-    /// The domain the backend runs in on an emulated machine: 0, or a driver domain
-    #[arg(long, global = true, default_value_t = DomId(0), value_name = "DOMID")]
-    backend_domid: DomId,
+    #[command(flatten)]
+    machine: MachineArguments,
     #[command(subcommand)]
     command: Command,
 }
@@ -105,36 +102,15 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     if name.is_some_and(|name| HOTPLUG_NAMES.contains(&name)) {
         args.insert(1, "hotplug".into());
     }
-    let cli = match Cli::try_parse_from(args) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help goes to standard output, mistakes to standard error; a closed pipe is nobody's loss.
-            let _ = error.print();
-            return ExitCode::from(error.exit_code().clamp(0, 255) as u8);
-        }
-    };
-    match execute(cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("blkback: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::run("blkback", args, execute)
 }
 
-type Failure = Box<dyn std::error::Error>;
-
 fn execute(cli: Cli) -> Result<(), Failure> {
-    let machine = cli.hypervisor.or_else(Machine::find).ok_or(
-        "this is no domain of Xen (no /dev/xen here): name an emulated machine with --hypervisor emu:DIR, \
-         where emu-xen serve --dir DIR runs",
-    )?;
-    let join = || machine.join_backend(cli.backend_domid);
+    let join = || cli.machine.join();
     match cli.command {
         Command::Serve(serve) => {
-            log_to_stderr();
-            // Before the first thread starts, so that all inherit the block and only one waits.
-            let signals = block_signals()?;
+            program::log_to_stderr();
+            let signals = StopSignals::block()?;
             run_server(join()?, serve, signals)
         }
         Command::Attach { domain, disk, wait } => {
@@ -145,7 +121,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             for note in &spec.notes {
                 eprintln!("blkback: {note}");
             }
-            let frontend = toolstack::find_domain(&store, &domain)?;
+            let frontend = find_domain(&store, &domain)?;
             let wait = Duration::try_from_secs_f32(wait)?;
             let attached = toolstack::attach(&store, xen.domid(), frontend, &spec, wait)?;
             let (name, number) = (spec.vdev.name(), spec.vdev.number());
@@ -161,35 +137,26 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             let vdev = Vdev::parse(&vdev)?;
             let xen = join()?;
             let store = xen.store()?;
-            let frontend = toolstack::find_domain(&store, &domain)?;
+            let frontend = find_domain(&store, &domain)?;
             toolstack::detach(&store, xen.domid(), frontend, vdev, force)?;
             println!("{} of domain {frontend} is detached", vdev.name());
             Ok(())
         }
         Command::Hotplug { event } => {
             let path = std::env::var("XENBUS_PATH").map_err(|_| "XENBUS_PATH is not set: this is for libxl to run")?;
-            Ok(hotplug::run(&machine.store()?, &path, event)?)
+            Ok(hotplug::run(&cli.machine.machine()?.store()?, &path, event)?)
         }
         Command::List { domains } => {
-            let store = machine.store()?;
+            let store = cli.machine.machine()?.store()?;
             for domain in domains {
-                print!("{}", toolstack::list(&store, toolstack::find_domain(&store, &domain)?)?);
+                print!("{}", toolstack::list(&store, find_domain(&store, &domain)?)?);
             }
             Ok(())
         }
     }
 }
 
-fn log_to_stderr() {
-    use std::io::IsTerminal;
-
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Whoever carries this program along may have a log already, which is then used.
-    let _ = log.with_ansi(std::io::stderr().is_terminal()).try_init();
-}
-
-fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: SigSet) -> Result<(), Failure> {
+fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: StopSignals) -> Result<(), Failure> {
     let mut limits = Limits {
         ring_page_order: serve.ring_order,
         indirect_segments: serve.indirect,
@@ -199,8 +166,7 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: SigSet) -> Result<()
     limits.queues = serve.queues.unwrap_or(limits.queues);
     let domid = xen.domid();
     let store = xen.store()?;
-    let stop = StopHandle::new()?;
-    stop_on(signals, &stop)?;
+    let stop = signals.stop_handle()?;
     let config = Config { limits, cpus: serve.cpus };
     let drivers = KINDS
         .map(|name| {
@@ -210,40 +176,5 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: SigSet) -> Result<()
         .into_iter()
         .collect::<Result<Vec<_>, _>>()?;
     println!("blkback: serving {}", KINDS.map(|name| format!("{}/backend/{name}", domid.home())).join(" and "));
-    // A control thread for each kind; when one ends, all do.
-    std::thread::scope(|scope| {
-        let run = |mut driver: Driver<VbdKind>| {
-            let stop = &stop;
-            scope.spawn(move || {
-                let outcome = driver.run(stop);
-                stop.stop();
-                outcome
-            })
-        };
-        let threads: Vec<_> = drivers.into_iter().map(run).collect();
-        threads.into_iter().try_for_each(|thread| match thread.join() {
-            Ok(outcome) => outcome.map_err(Failure::from),
-            Err(_) => Err("a control thread panicked; see the log".into()),
-        })
-    })
-}
-
-/// Blocks SIGTERM and SIGINT, which end the service in order.
-fn block_signals() -> Result<SigSet, Failure> {
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    signals.thread_block()?;
-    Ok(signals)
-}
-
-/// Stops the service when one of the blocked signals comes.
-fn stop_on(signals: SigSet, stop: &StopHandle) -> Result<(), Failure> {
-    let stop = stop.clone();
-    std::thread::Builder::new().name("signals".into()).spawn(move || match signals.wait() {
-        Ok(signal) => {
-            tracing::info!(%signal, "stopping");
-            stop.stop();
-        }
-        Err(error) => tracing::error!(%error, "cannot wait for signals"),
-    })?;
-    Ok(())
+    program::serve(drivers, &stop)
 }

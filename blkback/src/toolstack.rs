@@ -12,37 +12,10 @@ use crate::image::Image;
 use crate::spec::{Access, DiskSpec, Format, TargetKind};
 use crate::vdev::Vdev;
 
-/// What could not be done, in words for an administrator.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The request makes no sense, or the machine is not as it should be.
-    #[error("{0}")]
-    Refused(String),
-    /// XenStore refused.
-    #[error(transparent)]
-    Store(#[from] xenstore_client::Error),
-}
+pub use xenstore_client::xenbus::toolstack::ToolError as Error;
 
 fn refused<T>(text: impl Into<String>) -> Result<T, Error> {
-    Err(Error::Refused(text.into()))
-}
-
-/// The domain that `name` stands for: a number, or a name in XenStore.
-///
-/// # Errors
-/// When there is no such domain.
-pub fn find_domain(store: &Client, name: &str) -> Result<DomId, Error> {
-    let mut known = Vec::new();
-    for id in store.directory_opt("/local/domain")?.unwrap_or_default() {
-        let Ok(domid) = id.parse::<DomId>() else { continue };
-        let its_name = store.read_opt(&format!("{}/name", domid.home()))?.unwrap_or_default();
-        if id == name || its_name == name {
-            return Ok(domid);
-        }
-        known.push(if its_name.is_empty() { id } else { format!("{id} ({its_name})") });
-    }
-    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-    refused(format!("no domain {name:?}; there are: {known}"))
+    Error::refuse(text)
 }
 
 fn device(backend: DomId, frontend: DomId, vdev: Vdev) -> toolstack::DeviceAddress<'static> {
@@ -71,7 +44,7 @@ pub fn attach(
 ) -> Result<Attached, Error> {
     if store.directory_opt(&frontend.home())?.is_none() {
         // Its error says which domains there are.
-        find_domain(store, &frontend.to_string())?;
+        toolstack::find_domain(store, &frontend.to_string())?;
         return refused(format!("no domain {frontend}, though one of that name"));
     }
     let path = target(spec, backend)?;
@@ -129,7 +102,7 @@ fn finish_attach(store: &Client, device: &toolstack::DeviceAddress<'_>, wait: Du
         toolstack::INIT_TIMEOUT,
     ) {
         Ok(State::InitWait) => {}
-        Ok(_) => return refused(backend_error(store, &backend)?),
+        Ok(_) => return refused(toolstack::backend_error(store, &backend)?),
         Err(error) => {
             return refused(format!("no backend took the disk up ({error}); is blkback serve running?"));
         }
@@ -139,7 +112,7 @@ fn finish_attach(store: &Client, device: &toolstack::DeviceAddress<'_>, wait: Du
     let began = Instant::now();
     match toolstack::wait_state(store, &state, &[State::Connected, State::Closing, State::Closed], wait) {
         Ok(State::Connected) => Ok(Attached::Connected),
-        Ok(_) => refused(backend_error(store, &backend)?),
+        Ok(_) => refused(toolstack::backend_error(store, &backend)?),
         Err(_) if began.elapsed() >= wait => Ok(Attached::Waiting),
         Err(error) => Err(error.into()),
     }
@@ -156,7 +129,7 @@ fn wait_open(store: &Client, backend: &str) -> Result<(), Error> {
         }
         let state = store.read_opt(&format!("{backend}/state"))?;
         if matches!(state.as_deref().and_then(State::parse), None | Some(State::Closing | State::Closed)) {
-            return refused(backend_error(store, backend)?);
+            return refused(toolstack::backend_error(store, backend)?);
         }
         let left = toolstack::INIT_TIMEOUT.saturating_sub(began.elapsed());
         if left.is_zero() {
@@ -164,11 +137,6 @@ fn wait_open(store: &Client, backend: &str) -> Result<(), Error> {
         }
         watcher.wait(left)?;
     }
-}
-
-fn backend_error(store: &Client, backend: &str) -> Result<String, Error> {
-    let error = store.read_opt(&format!("{backend}/error"))?;
-    Ok(error.unwrap_or_else(|| "the backend closed the disk without saying why; see its log".to_owned()))
 }
 
 /// The absolute path of a disk that this backend can serve.
@@ -209,16 +177,8 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
     if store.read_opt(&format!("{}/state", device.backend_path()))?.is_none() {
         return refused(format!("domain {frontend} has no disk {}", vdev.name()));
     }
-    // The backend is at 6 already where the guest has left by itself, and keeps the disk open for its return. Asked
-    // anew it lets go of the disk before it says 6 again: whoever detaches may use the image at once.
-    let (state, online) = (format!("{}/state", device.backend_path()), format!("{}/online", device.backend_path()));
-    store.transaction(|tx| match tx.read_opt(&state)?.as_deref().and_then(State::parse) {
-        Some(State::Closed) => {
-            tx.write(&online, "0")?;
-            tx.write(&state, &State::Closing.to_string())
-        }
-        _ => Ok(()),
-    })?;
+    // A disk that the guest has left is still open for its return.
+    toolstack::ask_to_let_go(store, &device)?;
     match toolstack::remove_device(store, &device, toolstack::DESTROY_TIMEOUT, force, || Ok(())) {
         Ok(()) => Ok(()),
         Err(xenstore_client::Error::Timeout { .. }) => refused(format!(

@@ -20,6 +20,7 @@ use hypervisor::emu::GuestSeat;
 use hypervisor::{DomId, Guest, PAGE_SIZE};
 use nix::unistd::{Uid, setfsuid};
 use xenstore_client::Store;
+use xenstore_client::xenbus::toolstack::find_domain;
 
 /// Everything there is in XenStore about the disks of a domain.
 fn traces(dom0: &Dom0, domid: DomId) -> Vec<String> {
@@ -193,7 +194,7 @@ fn a_domain_that_does_not_exist() {
     let error = toolstack::attach(&dom0.store, DomId(0), gone, &disk, Duration::ZERO).expect_err("gone").to_string();
     assert!(error.contains("no domain"), "{error}");
     assert!(dom0.store.directory_opt(&gone.home()).unwrap().is_none());
-    let named = toolstack::find_domain(&dom0.store, "nobody").expect_err("no such name").to_string();
+    let named = find_domain(&dom0.store, "nobody").expect_err("no such name").to_string();
     assert!(named.contains("no domain \"nobody\"") && named.contains("Domain-0"), "{named}");
 }
 

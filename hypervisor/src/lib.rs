@@ -6,11 +6,13 @@
 //! * [`emu`] is a machine made of memfds and eventfds that enforces Xen's rules on any Linux.
 //! * [`xen`] is the real one, from dom0 or a driver domain.
 //! * [`memory`] is the only place that touches bytes another domain can change.
+//! * [`program`] is what the programs of backends have in common.
 
 pub mod emu;
 pub mod event;
 pub mod grant;
 pub mod memory;
+pub mod program;
 pub mod xen;
 
 use std::fmt::Debug;

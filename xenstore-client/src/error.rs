@@ -56,6 +56,14 @@ pub enum Error {
         /// How often it was tried.
         attempts: u32,
     },
+    /// There is no domain of that number or name.
+    #[error("no domain {name:?}; there are: {known}")]
+    NoDomain {
+        /// What was asked for.
+        name: String,
+        /// The domains there are, as `0 (Domain-0), 1 (web)`.
+        known: String,
+    },
     /// Something did not happen in time.
     #[error("timed out after {seconds} s waiting for {what}")]
     Timeout {

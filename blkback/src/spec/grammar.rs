@@ -4,10 +4,10 @@
 //! the rest of its word. Before the target stand xend's prefixes; after one of them there is no format field.
 
 use super::legacy::{self, Meaning};
-use super::word::{BLANK, Fault, Word};
 use super::{Access, BackendType, DiskSpec, Format, TargetKind};
 use crate::vdev::Vdev;
 use std::ops::Range;
+use xenstore_client::spec::{BLANK, Fault, Param, Slot, Word, nearest};
 
 type Result<T> = std::result::Result<T, Fault>;
 
@@ -19,30 +19,6 @@ const FLAGS: [&str; 6] = ["cdrom", "direct-io-safe", "discard", "no-discard", "t
 const ACCESSES: &str = "write r, w or, for a disk that several guests share knowingly, w!";
 const FORMATS: &str = "write raw (or nothing), qcow, qcow2, vhd, qed or empty";
 const EXAMPLE: &str = "a whole specification is /dev/vg/disk,raw,xvda,rw or vdev=xvda,target=/dev/vg/disk";
-
-/// A value that may be given once. An empty one takes the positional field but may still be given by name: the manual
-/// allows that for the target, and xl for most others.
-struct Slot<T> {
-    taken: bool,
-    value: Option<T>,
-    span: Range<usize>,
-}
-
-impl<T> Default for Slot<T> {
-    fn default() -> Self {
-        Self { taken: false, value: None, span: 0..0 }
-    }
-}
-
-impl<T> Slot<T> {
-    fn fill(&mut self, what: &str, value: Option<T>, span: Range<usize>) -> Result<()> {
-        if self.value.is_some() {
-            return Err(Fault::new(span, format!("{what} is given twice"), "leave one of the two out"));
-        }
-        *self = Self { taken: true, value, span };
-        Ok(())
-    }
-}
 
 /// A specification that is still being read, possibly over several words.
 #[derive(Default)]
@@ -65,51 +41,6 @@ pub(super) struct Draft {
     notes: Vec<String>,
 }
 
-/// A parameter: its text and where the text begins in its word.
-#[derive(Clone, Copy)]
-struct Param<'a> {
-    word: &'a Word<'a>,
-    text: &'a str,
-    at: usize,
-}
-
-impl<'a> Param<'a> {
-    fn part(self, range: Range<usize>) -> Self {
-        Self { word: self.word, text: &self.text[range.clone()], at: self.at + range.start }
-    }
-
-    fn span(self) -> Range<usize> {
-        self.word.span(self.at..self.at + self.text.len())
-    }
-
-    fn fault(self, message: impl Into<String>, help: impl Into<String>) -> Fault {
-        Fault::new(self.span(), message, help)
-    }
-
-    fn given(self) -> Option<String> {
-        (!self.text.is_empty()).then(|| self.text.to_owned())
-    }
-
-    /// xl takes white space after a value for a part of it, and then does not know the value.
-    fn no_blank_after(self) -> Result<()> {
-        let kept = self.text.trim_end_matches(BLANK).len();
-        if kept == self.text.len() {
-            return Ok(());
-        }
-        let help = "remove it: spaces are skipped only before a field";
-        Err(self.part(kept..self.text.len()).fault("white space after a field", help))
-    }
-
-    fn no_control(self) -> Result<()> {
-        match self.text.char_indices().find(|(_, c)| c.is_control() && *c != '\t') {
-            Some((i, c)) => Err(self
-                .part(i..i + c.len_utf8())
-                .fault(format!("{c:?} cannot be part of a disk specification"), "remove the control character")),
-            None => Ok(()),
-        }
-    }
-}
-
 impl Draft {
     /// Reads the parameters of one word.
     pub(super) fn feed(&mut self, word: &Word<'_>) -> Result<()> {
@@ -119,22 +50,19 @@ impl Draft {
                 && let Some(prefix) = legacy::prefix_of(&word.text[start..])
             {
                 at = start + prefix.name.len();
-                self.prefix(prefix, Param { word, text: &word.text[start..at], at: start })?;
+                self.prefix(prefix, Param::new(word, start..at))?;
                 continue;
             }
-            let rest = Param { word, text: &word.text[start..], at: start };
+            let rest = Param::new(word, start..word.text.len());
             if rest.text.starts_with("target=") {
-                rest.no_control()?;
+                rest.no_control("a disk")?;
                 // One comma at the end is still taken for a separator.
                 let end = rest.text.strip_suffix(',').unwrap_or(rest.text).len();
                 return self.named_target(rest.part("target=".len()..end));
             }
-            let (text, next) = match rest.text.find(',') {
-                Some(comma) => (&rest.text[..comma], start + comma + 1),
-                None => (rest.text, word.text.len()),
-            };
-            at = next;
-            self.param(Param { word, text, at: start })?;
+            let len = rest.text.find(',').unwrap_or(rest.text.len());
+            at = word.text.len().min(start + len + 1);
+            self.param(rest.part(0..len))?;
         }
         Ok(())
     }
@@ -149,7 +77,7 @@ impl Draft {
                 ));
             }
             param.no_blank_after()?;
-            param.no_control()?;
+            param.no_control("a disk")?;
             return self.named(key, value);
         }
         let trimmed = param.part(0..param.text.trim_end_matches(BLANK).len());
@@ -237,7 +165,7 @@ impl Draft {
             unknown => {
                 let help = if FLAGS.contains(&unknown) {
                     format!("{unknown} stands alone, without a value")
-                } else if let Some(near) = nearest(unknown) {
+                } else if let Some(near) = nearest(unknown, KEYS.into_iter().chain(FLAGS)) {
                     format!("did you mean {near}?")
                 } else {
                     format!("the parameters are {}; flags are {}", KEYS.join(", "), FLAGS.join(", "))
@@ -252,7 +180,7 @@ impl Draft {
             return self.positional_target(param);
         }
         param.no_blank_after()?;
-        param.no_control()?;
+        param.no_control("a disk")?;
         if !self.format.taken && self.prefixes.is_empty() {
             let target = self.target.value.as_deref();
             // xend's empty drive, `,hdc:cdrom,r`.
@@ -286,7 +214,7 @@ impl Draft {
     }
 
     fn positional_target(&mut self, param: Param<'_>) -> Result<()> {
-        param.no_control()?;
+        param.no_control("a disk")?;
         if !legacy::is_nbd(param.text)
             && let Some(prefix) = legacy::unknown_prefix(param.text)
         {
@@ -452,24 +380,4 @@ fn cdrom_of(devtype: Param<'_>) -> Result<bool> {
 fn is_key(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-}
-
-/// The known word that takes the fewest changes to get to, if that is at most two.
-fn nearest(word: &str) -> Option<&'static str> {
-    let known = KEYS.into_iter().chain(FLAGS).map(|k| (distance(&word.to_ascii_lowercase(), k), k));
-    known.min().filter(|(changes, _)| *changes <= 2).map(|(_, k)| k)
-}
-
-/// Levenshtein's distance, one row of the table at a time.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }

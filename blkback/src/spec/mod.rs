@@ -6,11 +6,9 @@
 //! spelling), xend's `/dev/xvda` and its fourth field, and NBD exports as targets. It is stricter in this: nothing is
 //! given twice, and nothing that this backend does not do is passed over in silence.
 
-mod error;
 mod grammar;
 mod legacy;
 mod list;
-mod word;
 
 #[cfg(test)]
 mod tests;
@@ -19,9 +17,9 @@ use crate::vdev::Vdev;
 use grammar::Draft;
 use std::fmt;
 use std::str::FromStr;
-use word::{Fault, Word};
+use xenstore_client::spec::{Fault, Word};
 
-pub use error::SpecError;
+pub use xenstore_client::spec::SpecError;
 
 /// Who may do what with the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

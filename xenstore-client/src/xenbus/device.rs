@@ -85,6 +85,27 @@ pub trait Device {
         let _ = (key, value);
     }
 
+    /// Keys of our own directory that stay watched from the device's making until its release. They are names without a
+    /// slash.
+    fn watched_backend_keys(&self) -> &[&str] {
+        &[]
+    }
+
+    /// A key of [`watched_backend_keys`](Self::watched_backend_keys) was written: by the toolstack, or by us (`None`:
+    /// removed, longer than 4096 bytes, or not text).
+    fn backend_changed(&mut self, key: &str, value: Option<&str>) {
+        let _ = (key, value);
+    }
+
+    /// The frontend went from Connected to Reconfiguring: its keys were read anew. State Reconfigured follows.
+    ///
+    /// # Errors
+    /// A fault goes to the error node and the device to Closing.
+    fn reconfigure(&mut self, frontend: &Keys) -> Result<(), Fault> {
+        let _ = frontend;
+        Ok(())
+    }
+
     /// Stops consuming requests, lets those in flight finish, unmaps; then calls [`Notifier::disconnected`], from any
     /// thread, perhaps at once. Must not block on the I/O in flight.
     fn disconnect(&mut self);

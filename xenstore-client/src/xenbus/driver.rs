@@ -12,7 +12,7 @@ use super::machine::Input;
 use super::slot::{Context, Slot};
 use super::{Kind, Notes, Notifier};
 use crate::wake::Wake;
-use crate::{Client, DomId, Error, Result, Store, WatchEvent, Watcher};
+use crate::{Client, DomId, Error, LogGate, Result, Store, WatchEvent, Watcher};
 
 /// How long [`Driver::run`] waits for I/O in flight after a stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
@@ -53,36 +53,6 @@ impl StopHandle {
     }
 }
 
-/// Lets so many lines per window into the log, because guests can cause them at will.
-#[derive(Debug)]
-pub(super) struct LogGate {
-    since: Instant,
-    said: u32,
-    unsaid: u64,
-}
-
-impl LogGate {
-    const LINES: u32 = 10;
-    const WINDOW: Duration = Duration::from_secs(10);
-
-    fn new() -> Self {
-        Self { since: Instant::now(), said: 0, unsaid: 0 }
-    }
-
-    /// Whether a line may be written, with the number of those that were not since the last one.
-    pub(super) fn admit(&mut self) -> Option<u64> {
-        if self.since.elapsed() > Self::WINDOW {
-            *self = Self { unsaid: self.unsaid, ..Self::new() };
-        }
-        if self.said < Self::LINES {
-            self.said += 1;
-            return Some(std::mem::take(&mut self.unsaid));
-        }
-        self.unsaid += 1;
-        None
-    }
-}
-
 type Key = (DomId, u32);
 
 /// All devices of one kind that our domain serves.
@@ -108,6 +78,8 @@ struct Work {
     dirs: BTreeSet<Key>,
     states: BTreeSet<u64>,
     keys: BTreeSet<(u64, String)>,
+    /// Keys of our own directories.
+    own_keys: BTreeSet<(Key, String)>,
 }
 
 impl<K: Kind> Driver<K> {
@@ -130,7 +102,7 @@ impl<K: Kind> Driver<K> {
             base,
             slots: BTreeMap::new(),
             next_serial: 1,
-            log: LogGate::new(),
+            log: LogGate::default(),
             stopping: false,
         })
     }
@@ -228,9 +200,12 @@ impl<K: Kind> Driver<K> {
         let dom = parts.next().map(str::parse);
         let devid = parts.next().map(str::parse);
         match (dom, devid, parts.next()) {
-            // Other keys are our own writes, or mean nothing to a driver.
             (Some(Ok(dom)), Some(Ok(devid)), None | Some("state" | "online" | "hotplug-status")) => {
                 work.dirs.insert((dom, devid));
+            }
+            // Most are our own writes; some a device may want to hear of.
+            (Some(Ok(dom)), Some(Ok(devid)), Some(key)) => {
+                work.own_keys.insert(((dom, devid), key.to_owned()));
             }
             (_, _, Some(_)) => {}
             _ => work.scan = true,
@@ -252,6 +227,9 @@ impl<K: Kind> Driver<K> {
             if let Some(key) = self.key_of(serial) {
                 self.with(key, |slot, ctx| slot.key_changed(ctx, &path))?;
             }
+        }
+        for (key, name) in work.own_keys {
+            self.with(key, |slot, ctx| slot.own_key_changed(ctx, &name))?;
         }
         for key in dirs {
             self.with(key, |slot, ctx| slot.refresh(ctx))?;

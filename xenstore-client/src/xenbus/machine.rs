@@ -83,6 +83,8 @@ pub enum Action {
     Connect,
     /// Take over the rings of a process that died in state 4.
     Reattach,
+    /// Read the frontend's keys anew; the rings stay.
+    Reconfigure,
     /// Stop consuming; [`Input::Disconnected`] follows when what is in flight has ended.
     BeginDisconnect,
     /// Write the error node.
@@ -295,7 +297,7 @@ impl Machine {
         match self.own {
             State::Unknown => self.announce_or_end(out),
             State::InitWait => self.wait(out),
-            State::Connected => self.serve(out),
+            State::Connected | State::Reconfigured => self.serve(out),
             State::Closing => self.close(out),
             _ => self.rest(out),
         }
@@ -358,6 +360,11 @@ impl Machine {
                 out.push(Action::Reattach);
             }
             return false;
+        } else if self.own == State::Connected && self.front == Front::At(State::Reconfiguring) {
+            out.push(Action::Reconfigure);
+            self.set(State::Reconfigured, out);
+        } else if self.own == State::Reconfigured && self.front == Front::At(State::Connected) {
+            self.set(State::Connected, out);
         } else {
             return false;
         }

@@ -1,7 +1,9 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::*;
-use State::{Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfiguring, Unknown};
+use State::{
+    Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfigured, Reconfiguring, Unknown,
+};
 
 fn fault() -> Fault {
     Fault::guest(EPROTO, "test")
@@ -104,6 +106,8 @@ impl World {
                             matches!(self.state, Initialising | InitWait | Closed)
                         }
                         Closing => true,
+                        Reconfigured => self.state == Connected && self.mapped && !self.draining,
+                        Connected => self.state == Reconfigured && self.mapped && !self.draining,
                         Closed => {
                             assert!(!self.mapped && !self.draining, "6 with rings mapped: {trace}");
                             self.state == Closing
@@ -125,6 +129,7 @@ impl World {
                     assert!(self.open && !self.mapped && !self.connecting && self.state == Connected, "{trace}");
                     self.connecting = true;
                 }
+                Action::Reconfigure => assert!(self.mapped && !self.draining && !self.removed, "{trace}"),
                 Action::BeginDisconnect => {
                     assert!(self.mapped && !self.draining, "{trace}");
                     self.draining = true;
@@ -155,7 +160,7 @@ fn every_reachable_state_with_every_input() {
         if matches!(found, Unknown | InitWait) {
             world.state = Initialising;
         }
-        if matches!(found, Initialised | Reconfiguring | State::Reconfigured) {
+        if matches!(found, Initialised | Reconfiguring | Reconfigured) {
             world.state = Connected;
         }
         world.does(&actions, &format!("start {found}"));
@@ -194,7 +199,7 @@ fn failures(machine: &Machine, world: World, actions: &[Action]) -> Vec<(Machine
     let mut all = Vec::new();
     for (at, action) in actions.iter().enumerate() {
         let reasons: &[Input] = match action {
-            Action::PublishFeatures => &[Input::Removed, Input::Fault(fault())],
+            Action::PublishFeatures | Action::Reconfigure => &[Input::Removed, Input::Fault(fault())],
             Action::SetState(InitWait) => &[Input::Removed, Input::Toolstack { online: false, closing: true }],
             Action::SetState(_) => &[Input::Removed],
             Action::Open => &[Input::Removed, Input::Hotplug(false)],
@@ -341,6 +346,20 @@ fn stories() {
             (
                 vec![front(Connected), Input::Start(Closed), front(Connected), front(Closed), front(Connected)],
                 "features 2",
+            ),
+        ),
+        (
+            "reconfiguring",
+            (
+                with(attached(), &[front(Reconfiguring), front(Reconfiguring), front(Connected), front(Connected)]),
+                "features 2 open connect reconfigure 8 4",
+            ),
+        ),
+        (
+            "reconfiguring, and gone",
+            (
+                with(attached(), &[front(Reconfiguring), front(Closed), Input::Disconnected]),
+                "features 2 open connect reconfigure 8 5 drain 6",
             ),
         ),
         (

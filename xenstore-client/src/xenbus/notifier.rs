@@ -18,6 +18,8 @@ pub enum Note {
     Fault(Fault),
     /// See [`Notifier::publish`].
     Publish(Vec<(String, String)>),
+    /// See [`Notifier::tell`].
+    Tell(String, Option<String>),
 }
 
 /// A device's voice towards the driver. Cheap to clone; usable from every thread; never blocks. What is said after the
@@ -59,6 +61,12 @@ impl Notifier {
     /// blkfront reads them again. Ignored while not connected.
     pub fn publish(&self, keys: Vec<(String, String)>) {
         self.send(Note::Publish(keys));
+    }
+
+    /// Writes a key of our own directory for administrators and tools to read, or removes it. The frontend is not to
+    /// notice: the state is not written again.
+    pub fn tell(&self, key: impl Into<String>, value: Option<String>) {
+        self.send(Note::Tell(key.into(), value));
     }
 
     fn send(&self, note: Note) {

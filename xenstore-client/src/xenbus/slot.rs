@@ -11,7 +11,7 @@ pub(super) struct Context<'a, K: Kind> {
     pub(super) client: &'a Client,
     pub(super) watcher: &'a Watcher,
     pub(super) notifier: &'a Notifier,
-    pub(super) log: &'a mut super::driver::LogGate,
+    pub(super) log: &'a mut crate::LogGate,
     pub(super) home: &'a str,
     pub(super) kind: &'a mut K,
 }
@@ -152,6 +152,18 @@ impl<D: Device> Slot<D> {
         Ok(())
     }
 
+    /// A key of our own directory was written.
+    pub(super) fn own_key_changed<K: Kind<Device = D>>(&mut self, ctx: &mut Context<'_, K>, key: &str) -> Result<()> {
+        let Some(device) = &mut self.device else { return Ok(()) };
+        if !device.watched_backend_keys().contains(&key) {
+            return Ok(());
+        }
+        let value = ctx.client.read_bytes_opt(&format!("{}/{key}", self.id.backend_path))?;
+        let value = value.filter(|bytes| bytes.len() <= 4096).and_then(|bytes| String::from_utf8(bytes).ok());
+        device.backend_changed(key, value.as_deref());
+        Ok(())
+    }
+
     /// What the device reports.
     pub(super) fn note<K: Kind<Device = D>>(&mut self, ctx: &mut Context<'_, K>, note: Note) -> Result<()> {
         match note {
@@ -165,7 +177,23 @@ impl<D: Device> Slot<D> {
                 }
             }
             Note::Publish(_) => Ok(()),
+            Note::Tell(key, value) => self.tell(ctx.client, &key, value.as_deref()),
         }
+    }
+
+    /// Writes or removes one of our keys, if the directory is still ours.
+    fn tell(&self, client: &Client, key: &str, value: Option<&str>) -> Result<()> {
+        let dir = &self.id.backend_path;
+        client.transaction(|tx| {
+            if !self.is_ours(tx.read_opt(&format!("{dir}/state"))?.as_deref()) {
+                return Ok(());
+            }
+            let path = format!("{dir}/{key}");
+            match value {
+                Some(value) => tx.write(&path, value),
+                None => tx.rm_if_exists(&path),
+            }
+        })
     }
 
     /// Lets the machine know, and does what it says, until nothing is left to do.
@@ -253,6 +281,14 @@ impl<D: Device> Slot<D> {
             }
             Action::Connect => self.connect(ctx, false),
             Action::Reattach => self.connect(ctx, true),
+            Action::Reconfigure => {
+                let keys = match frontend::snapshot(ctx.client, &self.id.frontend_path, ctx.kind.frontend_keys())? {
+                    Ok((_, keys)) => keys,
+                    Err(fault) => return Ok(vec![Input::Fault(fault)]),
+                };
+                let outcome = self.device.as_mut().map_or(Ok(()), |device| device.reconfigure(&keys));
+                Ok(outcome.map_or_else(|fault| vec![Input::Fault(fault)], |()| Vec::new()))
+            }
             Action::BeginDisconnect => {
                 if let Some(device) = &mut self.device {
                     device.disconnect();

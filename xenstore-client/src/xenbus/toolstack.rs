@@ -11,6 +11,27 @@ pub const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long libxl waits for a backend's state 6 when a device is removed (`LIBXL_DESTROY_TIMEOUT`).
 pub const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What a toolstack could not do, in words for an administrator.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// The request makes no sense, or the machine is not as it should be.
+    #[error("{0}")]
+    Refused(String),
+    /// XenStore refused.
+    #[error(transparent)]
+    Store(#[from] Error),
+}
+
+impl ToolError {
+    /// A refusal, as the result of a function.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn refuse<T>(text: impl Into<String>) -> Result<T, Self> {
+        Err(Self::Refused(text.into()))
+    }
+}
+
 /// A device as the toolstack sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceAddress<'a> {
@@ -38,6 +59,24 @@ impl DeviceAddress<'_> {
     pub fn frontend_path(&self) -> String {
         format!("{}/device/{}/{}", self.frontend.home(), self.frontend_kind, self.devid)
     }
+}
+
+/// The domain that `name` stands for: a number, or a name in XenStore.
+///
+/// # Errors
+/// [`Error::NoDomain`], the store's refusal.
+pub fn find_domain(client: &Client, name: &str) -> Result<DomId> {
+    let mut known = Vec::new();
+    for id in client.directory_opt("/local/domain")?.unwrap_or_default() {
+        let Ok(domid) = id.parse::<DomId>() else { continue };
+        let its_name = client.read_opt(&format!("{}/name", domid.home()))?.unwrap_or_default();
+        if id == name || its_name == name {
+            return Ok(domid);
+        }
+        known.push(if its_name.is_empty() { id } else { format!("{id} ({its_name})") });
+    }
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    Err(Error::NoDomain { name: name.to_owned(), known })
 }
 
 /// Writes both directories in one transaction, as libxl does (`libxl__device_generic_add`): the frontend's belongs to
@@ -111,6 +150,34 @@ pub fn wait_state(client: &Client, path: &str, wanted: &[State], timeout: Durati
         // Whatever wakes us, the state is read again above.
         watcher.wait(left)?;
     }
+}
+
+/// What the backend wrote about its fault into the device's directory `backend`; a sentence that it wrote nothing, where
+/// it did not.
+///
+/// # Errors
+/// The store's refusal.
+pub fn backend_error(client: &Client, backend: &str) -> Result<String> {
+    let error = client.read_opt(&format!("{backend}/error"))?;
+    Ok(error.unwrap_or_else(|| "the backend closed the device without saying why; see its log".to_owned()))
+}
+
+/// Asks a backend that is at state 6 already, because the guest has left by itself, to close once more. It keeps the
+/// medium for the guest's return until then, and says 6 again when it has let go of it: whoever removes the device after
+/// this may use the medium at once.
+///
+/// # Errors
+/// The store's refusal.
+pub fn ask_to_let_go(client: &Client, device: &DeviceAddress<'_>) -> Result<()> {
+    let back = device.backend_path();
+    let state = format!("{back}/state");
+    client.transaction(|tx| match tx.read_opt(&state)?.as_deref().and_then(State::parse) {
+        Some(State::Closed) => {
+            tx.write(&format!("{back}/online"), "0")?;
+            tx.write(&state, &State::Closing.to_string())
+        }
+        _ => Ok(()),
+    })
 }
 
 /// Detaches a device as libxl does: asks the backend to close, waits for its state 6, runs `hotplug` (what the hotplug

@@ -4,7 +4,7 @@ use super::word::Fault;
 use std::fmt;
 use std::ops::Range;
 
-/// Why a disk specification was not understood.
+/// Why a specification was not understood.
 ///
 /// `Display` prints the message, the line it is about with carets under the place, and what to do:
 /// ```text
@@ -15,7 +15,7 @@ use std::ops::Range;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct SpecError {
-    /// Everything that was typed, as it was typed; several lines for a `disk = […]` list broken over lines.
+    /// Everything that was typed, as it was typed; several lines for a list broken over lines.
     pub input: String,
     /// Where the trouble begins, in bytes from the start of the input; always on a character boundary.
     pub offset: usize,
@@ -28,12 +28,15 @@ pub struct SpecError {
 }
 
 impl SpecError {
-    pub(super) fn new(input: &str, fault: Fault) -> Self {
+    /// The fault, in the input its place counts from.
+    #[must_use]
+    pub fn new(input: &str, fault: Fault) -> Self {
         let Fault { span, message, help } = fault;
         Self { input: input.to_owned(), offset: span.start, len: span.len(), message, help }
     }
 
     /// The bytes of the input that are wrong; empty where something is missing.
+    #[must_use]
     pub fn span(&self) -> Range<usize> {
         self.offset..self.offset + self.len
     }

@@ -1,0 +1,139 @@
+//! What the programs of backends have in common: arguments, log, signals, and serving until told to stop.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use nix::sys::signal::{SigSet, Signal};
+use xenstore_client::DomId;
+use xenstore_client::xenbus::{Device, Driver, Kind, StopHandle};
+
+use crate::{Backend, Machine};
+
+/// A sentence for whoever typed the command.
+pub type Failure = Box<dyn std::error::Error>;
+
+/// Which machine, and who we are on it.
+#[derive(Debug, clap::Args)]
+pub struct MachineArguments {
+    /// The machine to work on: xen, or emu:DIR where `emu-xen serve --dir DIR` runs (default: xen, in a domain of it)
+    #[arg(long, global = true, value_name = "MACHINE")]
+    pub hypervisor: Option<Machine>,
+    /// The domain the backend runs in on an emulated machine: 0, or a driver domain
+    #[arg(long, global = true, default_value_t = DomId(0), value_name = "DOMID")]
+    pub backend_domid: DomId,
+}
+
+impl MachineArguments {
+    /// The machine that was named, or real Xen if this kernel runs on it.
+    ///
+    /// # Errors
+    /// When neither is the case.
+    pub fn machine(&self) -> Result<Machine, Failure> {
+        let found = self.hypervisor.clone().or_else(Machine::find);
+        Ok(found.ok_or(
+            "this is no domain of Xen (no /dev/xen here): name an emulated machine with --hypervisor emu:DIR, \
+             where emu-xen serve --dir DIR runs",
+        )?)
+    }
+
+    /// Joins the machine as the backend's domain.
+    ///
+    /// # Errors
+    /// When there is no machine, or it refuses.
+    pub fn join(&self) -> Result<Arc<dyn Backend>, Failure> {
+        Ok(self.machine()?.join_backend(self.backend_domid)?)
+    }
+}
+
+/// Reads the arguments, of which the first is the program's name, and runs the program; what fails is said on standard
+/// error, after `name`.
+pub fn run<C: clap::Parser>(
+    name: &str,
+    args: impl IntoIterator<Item = OsString>,
+    execute: impl FnOnce(C) -> Result<(), Failure>,
+) -> ExitCode {
+    let cli = match C::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to standard output, mistakes to standard error; a closed pipe is nobody's loss.
+            let _ = error.print();
+            return ExitCode::from(error.exit_code().clamp(0, 255) as u8);
+        }
+    };
+    match execute(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Sends the log to standard error; `RUST_LOG` sets its level.
+pub fn log_to_stderr() {
+    use std::io::IsTerminal;
+
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Whoever carries this program along may have a log already, which is then used.
+    let _ = log.with_ansi(std::io::stderr().is_terminal()).try_init();
+}
+
+/// SIGTERM and SIGINT, which end a service in order.
+#[derive(Debug)]
+pub struct StopSignals(SigSet);
+
+impl StopSignals {
+    /// Blocks them. To be called before the first thread starts, so that all inherit the block and only one waits.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn block() -> Result<Self, Failure> {
+        let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+        signals.thread_block()?;
+        Ok(Self(signals))
+    }
+
+    /// A handle that is stopped when one of them comes.
+    ///
+    /// # Errors
+    /// When there can be no further thread or eventfd.
+    pub fn stop_handle(self) -> Result<StopHandle, Failure> {
+        let stop = StopHandle::new()?;
+        let told = stop.clone();
+        std::thread::Builder::new().name("signals".into()).spawn(move || match self.0.wait() {
+            Ok(signal) => {
+                tracing::info!(%signal, "stopping");
+                told.stop();
+            }
+            Err(error) => tracing::error!(%error, "cannot wait for signals"),
+        })?;
+        Ok(stop)
+    }
+}
+
+/// Serves with all of these until `stop`, each on a control thread of its own; when one ends, all do.
+///
+/// # Errors
+/// The first driver's that failed.
+pub fn serve<K>(drivers: Vec<Driver<K>>, stop: &StopHandle) -> Result<(), Failure>
+where
+    K: Kind + Send,
+    K::Device: Device + Send,
+{
+    std::thread::scope(|scope| {
+        let run = |mut driver: Driver<K>| {
+            scope.spawn(move || {
+                let outcome = driver.run(stop);
+                stop.stop();
+                outcome
+            })
+        };
+        let threads: Vec<_> = drivers.into_iter().map(run).collect();
+        threads.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(outcome) => outcome.map_err(Failure::from),
+            Err(_) => Err("a control thread panicked; see the log".into()),
+        })
+    })
+}
