@@ -204,6 +204,10 @@ impl<S: Storage> Bounced<S> {
 
     /// One of ours has done what it was doing.
     fn advance(&mut self, mut op: Op, token: u32, memory: IoList, result: io::Result<()>) {
+        if op.stage == Stage::Write && op.buffer.is_none() {
+            // The guest's own pages, or what is left of them after an error.
+            op.memory = memory;
+        }
         if result.is_err() {
             return self.end(op, result);
         }
@@ -217,7 +221,6 @@ impl<S: Storage> Bounced<S> {
                 self.ops[(token - OURS) as usize] = Some(op);
                 return;
             }
-            (Stage::Write, None) => op.memory = memory,
             _ => {}
         }
         self.end(op, Ok(()));

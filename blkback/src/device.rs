@@ -1,6 +1,5 @@
 //! A virtual block device: what the xenbus driver asks of it.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hypervisor::Backend;
@@ -10,12 +9,9 @@ use crate::barrier::Barriers;
 use crate::bounce::Units;
 use crate::counters::Counters;
 use crate::health::Health;
-use crate::hotplug;
-use crate::image::{Image, ImageError, Problem};
+use crate::medium::Medium;
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS, Limits};
-use crate::request::Shape;
-use crate::spec::Access;
-use crate::worker::{Plan, Report, Worker};
+use crate::worker::{Order, Plan, Report, Worker};
 
 /// How this process serves disks.
 #[derive(Debug, Clone, Default)]
@@ -70,30 +66,21 @@ impl Kind for VbdKind {
             workers: Vec::new(),
             counters: Vec::new(),
             running: Arc::default(),
+            params: None,
         })
     }
 }
 
-/// What is behind a device once it is open.
-#[derive(Debug)]
-struct Medium {
-    image: Arc<Image>,
-    read_only: bool,
-    cdrom: bool,
-    discard: bool,
-}
-
-impl Medium {
-    fn describe(&self, limits: &Limits) -> Vec<(String, String)> {
-        negotiate::describe(&self.image, limits, self.read_only, self.cdrom, self.discard)
-    }
-}
-
-/// How many queues still run, and whether they were told to stop.
+/// How many queues still run, what they were told, and what they said.
 #[derive(Debug, Default)]
 struct Running {
     queues: usize,
     stopping: bool,
+    /// Queues with writes that wait for room.
+    full: usize,
+    /// Orders not yet carried out, and what is published when all are.
+    orders: usize,
+    publish: Vec<(String, String)>,
 }
 
 /// One virtual block device.
@@ -109,34 +96,114 @@ pub struct Vbd {
     workers: Vec<Worker>,
     counters: Vec<Arc<Counters>>,
     running: Arc<Mutex<Running>>,
+    /// The key `params`, as the medium was opened with.
+    params: Option<String>,
 }
 
-/// Where the toolstack and the hotplug program say the disk is.
-fn target(backend: &Keys) -> Result<PathBuf, Fault> {
-    let named = |key| backend.get(key).filter(|value: &&str| !value.is_empty());
-    match (named("physical-device-path"), named("params")) {
-        (Some(path), _) => Ok(path.into()),
-        (None, Some(params)) => Ok(hotplug::path(params)),
-        (None, None) => Err(backend.fault(libc::ENOENT, "neither physical-device-path nor params name a disk")),
+/// What the queues' threads speak to.
+struct Listener {
+    running: Arc<Mutex<Running>>,
+    notifier: Notifier,
+}
+
+impl Listener {
+    fn hear(&self, report: Report) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        match report {
+            Report::Broken(fault) => self.notifier.fault(fault),
+            Report::Ended => {
+                running.queues -= 1;
+                if running.queues == 0 && running.stopping {
+                    self.notifier.disconnected();
+                }
+            }
+            Report::Changed => {
+                running.orders = running.orders.saturating_sub(1);
+                if running.orders == 0 {
+                    self.notifier.publish(std::mem::take(&mut running.publish));
+                }
+            }
+            Report::Full(full) => {
+                running.full = if full { running.full + 1 } else { running.full.saturating_sub(1) };
+                match (full, running.full) {
+                    (true, 1) => self.notifier.tell(ON_HOLD, Some(NO_ROOM.to_owned())),
+                    (false, 0) => self.notifier.tell(ON_HOLD, None),
+                    _ => {}
+                }
+            }
+            // Heard again as a change of our own key, on the driver's thread, where it can be dealt with.
+            Report::Grown => self.notifier.tell(RESIZE, Some("grown".to_owned())),
+        }
     }
 }
 
-fn image_fault(error: &ImageError) -> Fault {
-    let errno = match &error.problem {
-        Problem::Missing => libc::ENOENT,
-        Problem::Permission(_) => libc::EACCES,
-        Problem::Directory => libc::EISDIR,
-        Problem::NotADisk | Problem::Empty(_) => libc::EINVAL,
-        Problem::ReadOnlyStorage => libc::EROFS,
-        Problem::InUse(_) => libc::EBUSY,
-        Problem::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
-    };
-    Fault::host(errno, error.to_string())
-}
+/// Our key that is there while writes wait for room, for `blkback list` and other tools.
+pub const ON_HOLD: &str = "on-hold";
+const NO_ROOM: &str = "ENOSPC no room left on the storage: writes wait and go on by themselves when there is some";
+/// Our key that is written when the disk may have grown: by `blkback resize`, or by us.
+pub const RESIZE: &str = "resize";
+/// The key that names the disk; written anew, it changes the disk in a drive.
+const PARAMS: &str = "params";
+/// Our key that says how a change of the disk ended: `inserted`, `empty`, or an error.
+pub const MEDIUM_STATUS: &str = "medium-status";
 
 impl Vbd {
+    /// Tells all queues something, and publishes `keys` when all have done it.
+    fn order(&self, order: &Order, keys: Vec<(String, String)>) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.publish.extend(keys);
+        running.orders += self.workers.iter().filter(|worker| worker.order(order.clone())).count();
+        if running.orders == 0 {
+            self.notifier.publish(std::mem::take(&mut running.publish));
+        }
+    }
+
+    /// The file or device may have grown.
+    fn resize(&self) {
+        let Some(medium) = &self.medium else { return };
+        match medium.image.measure() {
+            Ok(Some(sectors)) => {
+                tracing::info!(device = %self.id.backend_path, sectors, "the disk has grown");
+                let keys = vec![("sectors".to_owned(), sectors.to_string())];
+                self.order(&Order::Shape(medium.shape(&self.config.limits)), keys);
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(device = %self.id.backend_path, %error, "the disk's size cannot be found out"),
+        }
+    }
+
+    /// Another disk is put into the drive, or none.
+    fn change_medium(&mut self, params: &str) {
+        let Some(old) = &self.medium else { return };
+        if !(old.kind.cdrom || old.kind.removable) {
+            let text =
+                "EINVAL only a drive's disk can be changed (device-type cdrom, or removable); this is a fixed disk";
+            self.notifier.tell(MEDIUM_STATUS, Some(text.to_owned()));
+            return;
+        }
+        let kind = old.kind;
+        let keys = [
+            (PARAMS, params),
+            ("device-type", if kind.cdrom { "cdrom" } else { "disk" }),
+            ("mode", if kind.read_only { "r" } else { "w" }),
+            ("removable", if kind.removable { "1" } else { "0" }),
+            ("discard-enable", if kind.discard || kind.read_only { "1" } else { "0" }),
+        ];
+        let said = match Medium::open(&Keys::from_pairs(keys)) {
+            Ok(medium) => {
+                tracing::info!(device = %self.id.backend_path, image = params, "the disk in the drive was changed");
+                let order = Order::Disk(Arc::clone(&medium.image), medium.shape(&self.config.limits));
+                self.order(&order, medium.describe(&self.config.limits));
+                self.medium = Some(medium);
+                if params.is_empty() { "empty".to_owned() } else { "inserted".to_owned() }
+            }
+            Err(fault) => fault.text,
+        };
+        self.notifier.tell(MEDIUM_STATUS, Some(said));
+    }
+
     /// Builds all queues, or none.
-    fn start_queues(&mut self, agreed: &Agreed, image: &Arc<Image>, shape: Shape) -> Result<(), Fault> {
+    fn start_queues(&mut self, agreed: &Agreed, medium: &Medium) -> Result<(), Fault> {
         let mut workers = Vec::with_capacity(agreed.queues.len());
         self.counters = agreed.queues.iter().map(|_| Arc::default()).collect();
         let (barriers, units) = (Arc::new(Barriers::default()), Arc::new(Units::default()));
@@ -148,29 +215,22 @@ impl Vbd {
                 name: format!("{}.vbd{}-{index}", self.id.frontend_id, self.id.devid),
                 keys: keys.clone(),
                 protocol: agreed.protocol,
-                persistent: agreed.persistent,
-                image: Arc::clone(image),
-                shape,
+                persistent: agreed.persistent && medium.pages_stay,
+                image: Arc::clone(&medium.image),
+                shape: medium.shape(&self.config.limits),
                 health: Arc::clone(&self.health),
                 barriers: Arc::clone(&barriers),
                 units: Arc::clone(&units),
                 counters: Arc::clone(&self.counters[index]),
                 cpu: self.next_cpu(),
+                measures: index == 0,
+                hold_when_full: medium.hold_when_full,
             };
-            let (running, notifier) = (Arc::clone(&self.running), self.notifier.clone());
-            workers.push(Worker::prepare(plan, move |report| match report {
-                Report::Broken(fault) => notifier.fault(fault),
-                Report::Ended => {
-                    let mut running = running.lock().unwrap_or_else(PoisonError::into_inner);
-                    running.queues -= 1;
-                    if running.queues == 0 && running.stopping {
-                        notifier.disconnected();
-                    }
-                }
-            })?);
+            let listener = Listener { running: Arc::clone(&self.running), notifier: self.notifier.clone() };
+            workers.push(Worker::prepare(plan, move |report| listener.hear(report))?);
         }
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) =
-            Running { queues: workers.len(), stopping: false };
+            Running { queues: workers.len(), ..Running::default() };
         workers.iter_mut().for_each(Worker::serve);
         self.workers = workers;
         Ok(())
@@ -206,58 +266,60 @@ impl Device for Vbd {
     }
 
     fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
-        let cdrom = backend.get("device-type") == Some("cdrom");
-        let access = if cdrom { Access::ReadOnly } else { hotplug::access(backend.require("mode")?) };
-        let image = Image::open(&target(backend)?, access).map_err(|error| image_fault(&error))?;
-        let read_only = access == Access::ReadOnly;
-        let discard = image.discard && !read_only && backend.get("discard-enable") != Some("0");
+        let medium = Medium::open(backend)?;
+        let image = &medium.image;
         tracing::info!(
             device = %self.id.backend_path,
             image = %image.path().display(),
-            sectors = image.sectors,
+            sectors = image.sectors(),
             direct = image.direct,
             unit = image.unit,
-            discard,
+            discard = medium.kind.discard,
             "opened"
         );
         for note in &image.notes {
             tracing::warn!(device = %self.id.backend_path, image = %image.path().display(), "{note}");
         }
-        let medium = Medium { image: Arc::new(image), read_only, cdrom, discard };
         let keys = medium.describe(&self.config.limits);
+        self.params = backend.get(PARAMS).map(str::to_owned);
         self.medium = Some(medium);
         Ok(keys)
     }
 
     fn connect(&mut self, frontend: &Keys) -> Result<Vec<(String, String)>, Fault> {
-        let Some(medium) = &self.medium else {
+        let Some(medium) = self.medium.clone() else {
             return Err(Fault::host(libc::ENODEV, "connect without a medium"));
         };
         if self.health.flush_failed() {
             return Err(Fault::host(libc::EIO, "a flush has failed: detach this disk and check its storage"));
         }
-        let limits = self.config.limits;
-        let agreed = negotiate::agree(frontend, &limits)?;
-        let image = Arc::clone(&medium.image);
-        let shape = Shape {
-            sectors: image.sectors,
-            block: u64::from(image.sector_size / 512),
-            read_only: medium.read_only,
-            discard: medium.discard,
-            barrier: limits.barrier && !medium.read_only,
-            indirect: limits.indirect_segments as usize,
-        };
-        let keys = medium.describe(&limits);
-        self.start_queues(&agreed, &image, shape)?;
+        let agreed = negotiate::agree(frontend, &self.config.limits)?;
+        let keys = medium.describe(&self.config.limits);
+        self.start_queues(&agreed, &medium)?;
         tracing::info!(
             device = %self.id.backend_path,
             queues = agreed.queues.len(),
             ring_pages = agreed.queues[0].ring.len(),
             protocol = agreed.protocol.name(),
-            persistent = agreed.persistent,
+            persistent = agreed.persistent && medium.pages_stay,
             "connected"
         );
         Ok(keys)
+    }
+
+    fn watched_backend_keys(&self) -> &[&str] {
+        &[PARAMS, RESIZE]
+    }
+
+    fn backend_changed(&mut self, key: &str, value: Option<&str>) {
+        match key {
+            RESIZE if value.is_some() => self.resize(),
+            PARAMS if self.medium.is_some() && value != self.params.as_deref() => {
+                self.params = value.map(str::to_owned);
+                self.change_medium(value.unwrap_or_default());
+            }
+            _ => {}
+        }
     }
 
     fn disconnect(&mut self) {
@@ -276,21 +338,5 @@ impl Device for Vbd {
         }
         self.workers.clear();
         self.medium = None;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::*;
-
-    #[test]
-    fn where_the_disk_is() {
-        let keys = |pairs: &[(&str, &str)]| Keys::from_pairs(pairs.iter().copied());
-        assert_eq!(target(&keys(&[("params", "aio:/x.img")])).unwrap(), Path::new("/x.img"));
-        let both = keys(&[("params", "/x.img"), ("physical-device-path", "/dev/vg/x")]);
-        assert_eq!(target(&both).unwrap(), Path::new("/dev/vg/x"));
-        assert!(target(&keys(&[("params", "")])).is_err());
     }
 }

@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, OFlags, StatxFlags};
@@ -67,8 +68,8 @@ pub struct Image {
     path: PathBuf,
     /// Files under a loop device, claimed along with it.
     _under: Vec<File>,
-    /// Whole sectors of 512 bytes.
-    pub sectors: u64,
+    /// Whole sectors of 512 bytes. See [`sectors`](Self::sectors).
+    sectors: AtomicU64,
     /// Bytes of the disk's own sectors: the unit of a request.
     pub sector_size: u32,
     /// Bytes the storage prefers to be written at once.
@@ -82,6 +83,8 @@ pub struct Image {
     pub discard: bool,
     /// Bytes that DISCARD frees at a time.
     pub discard_granularity: u32,
+    /// Whether it is a file on a network file system, which may send pages again after it said that they are written.
+    pub over_network: bool,
     /// Linux device number, for a block device.
     pub device: Option<(u32, u32)>,
     /// What an administrator should know about how this image is served.
@@ -119,13 +122,14 @@ impl Image {
         let bytes = size(&mut file)?;
         let mut image = Self {
             path: path.to_owned(),
-            sectors: bytes / SECTOR,
+            sectors: AtomicU64::new(bytes / SECTOR),
             sector_size: SECTOR as u32,
             physical_sector_size: SECTOR as u32,
             direct: false,
             unit: SECTOR as u32,
             discard: false,
             discard_granularity: 0,
+            over_network: false,
             device: None,
             notes: Vec::new(),
             file,
@@ -164,6 +168,7 @@ impl Image {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         self.discard = writable && rustix::fs::fallocate(&self.file, flags, past, 4096).is_ok();
         self.discard_granularity = block;
+        self.over_network = rustix::fs::fstatfs(&self.file).is_ok_and(|fs| NETWORK.contains(&(fs.f_type as u32)));
     }
 
     /// Leaves the page cache out if the storage lets us, in units of the disk's sectors or in larger ones.
@@ -174,7 +179,7 @@ impl Image {
             return Ok(());
         }
         // Storage with sectors of 4096 bytes under a file.
-        let whole = (self.sectors * SECTOR).is_multiple_of(u64::from(LARGE));
+        let whole = (self.sectors() * SECTOR).is_multiple_of(u64::from(LARGE));
         if self.sector_size < LARGE && whole && self.try_direct(LARGE) {
             self.direct = true;
             self.unit = LARGE;
@@ -211,7 +216,7 @@ impl Image {
         let mut buffer = vec![0; 4096 + 512 + unit];
         // As odd as a guest's smallest request gets: not the start of a page, where sectors are smaller than that.
         let start = buffer.as_ptr().align_offset(4096) + if unit == 512 { 512 } else { 0 };
-        let last = (self.sectors * SECTOR / unit as u64).saturating_sub(1) * unit as u64;
+        let last = (self.sectors() * SECTOR / unit as u64).saturating_sub(1) * unit as u64;
         let works = rustix::io::pread(&self.file, &mut buffer[start..start + unit], last).is_ok();
         if !works && rustix::fs::fcntl_setfl(&self.file, plain).is_err() {
             tracing::warn!(path = %self.path.display(), "cannot switch O_DIRECT off again");
@@ -226,6 +231,55 @@ impl Image {
         let answer = rustix::fs::statx(&self.file, "", rustix::fs::AtFlags::EMPTY_PATH, flags).ok()?;
         let known = answer.stx_mask & flags.bits() != 0;
         known.then_some((answer.stx_dio_offset_align, answer.stx_dio_mem_align))
+    }
+
+    /// A drive without a disk in it: no sectors, nothing to read or write.
+    ///
+    /// # Errors
+    /// When the machine is out of descriptors.
+    pub fn none() -> io::Result<Self> {
+        let file = rustix::fs::memfd_create("no-medium", rustix::fs::MemfdFlags::CLOEXEC)?;
+        Ok(Self {
+            file: file.into(),
+            path: PathBuf::new(),
+            _under: Vec::new(),
+            sectors: AtomicU64::new(0),
+            sector_size: SECTOR as u32,
+            physical_sector_size: SECTOR as u32,
+            direct: false,
+            unit: SECTOR as u32,
+            discard: false,
+            discard_granularity: 0,
+            over_network: false,
+            device: None,
+            notes: Vec::new(),
+        })
+    }
+
+    /// Whole sectors of 512 bytes: as many as when it was opened, or more.
+    pub fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::Acquire)
+    }
+
+    /// Whether the file or device is larger than [`sectors`](Self::sectors) says.
+    pub fn has_grown(&self) -> bool {
+        self.size_now().is_ok_and(|sectors| sectors > self.sectors())
+    }
+
+    fn size_now(&self) -> io::Result<u64> {
+        let unit = u64::from(self.unit.max(self.sector_size));
+        Ok((&self.file).seek(SeekFrom::End(0))? / unit * unit / SECTOR)
+    }
+
+    /// Looks whether the file or device has grown, and returns its sectors if it has. One that has shrunk keeps its
+    /// size towards the guest, and gives errors past its end: a guest cannot be told to need less.
+    ///
+    /// # Errors
+    /// When the size cannot be found out.
+    pub fn measure(&self) -> io::Result<Option<u64>> {
+        let sectors = self.size_now()?;
+        let before = self.sectors.fetch_max(sectors, Ordering::AcqRel);
+        Ok((sectors > before).then_some(sectors))
     }
 
     /// Where it is.
@@ -320,6 +374,9 @@ fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
     Ok((file, metadata))
 }
 
+/// Numbers of network file systems (statfs(2), linux/magic.h): nfs, cifs, smb2, 9p, ceph, afs.
+const NETWORK: [u32; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400, 0x5346_414f];
+
 /// The sectors of a "4Kn" disk, in bytes.
 const LARGE: u32 = 4096;
 
@@ -401,7 +458,7 @@ mod tests {
         let path = dir.path().join("disk.img");
         File::create(&path).unwrap().set_len(10 * 512 + 7).unwrap();
         let image = Image::open(&path, Access::Write).unwrap();
-        assert_eq!((image.sectors, image.sector_size, image.device), (10, 512, None));
+        assert_eq!((image.sectors(), image.sector_size, image.device), (10, 512, None));
         assert!(image.notes.iter().any(|note| note.contains("7 bytes")), "{:?}", image.notes);
     }
 

@@ -23,6 +23,7 @@ pub mod hotplug;
 pub mod image;
 pub mod lock;
 pub mod log_gate;
+pub mod medium;
 pub mod negotiate;
 pub mod neighbours;
 pub mod patience;

@@ -88,11 +88,27 @@ pub fn offer(limits: &Limits) -> Pairs {
 
 /// Bits of the key `info` (VDISK_*).
 const VDISK_CDROM: u32 = 1;
+const VDISK_REMOVABLE: u32 = 2;
 const VDISK_READONLY: u32 = 4;
 
+/// What the toolstack wants a disk to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Kind {
+    /// Writes are refused.
+    pub read_only: bool,
+    /// A CD-ROM drive.
+    pub cdrom: bool,
+    /// A drive whose disk can be changed.
+    pub removable: bool,
+    /// DISCARD is offered.
+    pub discard: bool,
+}
+
 /// The disk itself: published when it is open, and again together with state 4.
-pub fn describe(image: &Image, limits: &Limits, read_only: bool, cdrom: bool, discard: bool) -> Pairs {
-    let info = if cdrom { VDISK_CDROM } else { 0 } | if read_only { VDISK_READONLY } else { 0 };
+pub fn describe(image: &Image, limits: &Limits, kind: Kind) -> Pairs {
+    let Kind { read_only, cdrom, removable, discard } = kind;
+    let bit = |on, bit| if on { bit } else { 0 };
+    let info = bit(cdrom, VDISK_CDROM) | bit(removable, VDISK_REMOVABLE) | bit(read_only, VDISK_READONLY);
     let mut keys = vec![
         // Both: a frontend that knows flushes prefers them, and does not stop everything for each.
         pair("feature-flush-cache", 1),
@@ -100,7 +116,7 @@ pub fn describe(image: &Image, limits: &Limits, read_only: bool, cdrom: bool, di
         pair("feature-persistent", u32::from(limits.persistent)),
         pair("feature-discard", u32::from(discard)),
         // Always in units of 512 bytes, whatever sector-size says: so has Linux it, and so says blkif.h today.
-        pair("sectors", image.sectors),
+        pair("sectors", image.sectors()),
         pair("info", info),
         pair("sector-size", image.sector_size),
         pair("physical-sector-size", image.physical_sector_size),

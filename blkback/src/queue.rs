@@ -12,6 +12,7 @@
 //!
 //! A queue has no thread and never waits: [`worker`](crate::worker) drives it, and a test can single-step it.
 
+mod hold;
 mod order;
 
 use std::io;
@@ -189,6 +190,9 @@ pub struct Queue<S> {
     flush_running: Vec<u32>,
     /// The barrier that was taken; nothing is taken after it.
     barrier: Option<u32>,
+    /// Writes that the storage had no room for, and whether they are to wait for it.
+    held: Vec<u32>,
+    holds: bool,
     /// Segments of the request at hand.
     segments: Vec<Segment>,
     /// Lists to be used again.
@@ -221,10 +225,17 @@ impl<S: Storage> Queue<S> {
             flush_waiting: Vec::with_capacity(entries as usize),
             flush_running: Vec::with_capacity(entries as usize),
             barrier: None,
+            held: Vec::new(),
+            holds: true,
             segments: Vec::with_capacity(most),
             lists: (0..entries).map(|_| IoList::with_capacity(DIRECT_SEGMENTS)).collect(),
             log: LogGate::default(),
         }
+    }
+
+    /// Requests that fit into the ring.
+    pub fn slots(&self) -> u32 {
+        self.ring.layout().entries()
     }
 
     /// Requests taken and not yet answered.
@@ -240,6 +251,22 @@ impl<S: Storage> Queue<S> {
     /// The event channel, for who drives the queue.
     pub fn channel(&self) -> &dyn EventChannel {
         &*self.channel
+    }
+
+    /// From now on this is what the disk can do. Requests in flight go on under the old terms.
+    pub fn reshape(&mut self, shape: Shape) {
+        assert!(shape.indirect <= self.shape.indirect, "lists were sized for less");
+        self.shape = shape;
+    }
+
+    /// Puts another disk under the queue.
+    ///
+    /// # Panics
+    /// When requests are in flight on the old one.
+    pub fn change_disk(&mut self, storage: S, shape: Shape) {
+        assert_eq!(self.in_flight(), 0, "the disk is changed under requests");
+        self.storage = storage;
+        self.reshape(shape);
     }
 
     /// Does what can be done now, without waiting.
@@ -497,6 +524,9 @@ impl<S: Storage> Queue<S> {
             (Some(Doing::BarrierWrite), Ok(())) => {
                 self.keep_list(memory);
                 self.end_barrier_write(token);
+            }
+            (Some(Doing::Write | Doing::BarrierWrite), Err(error)) if self.is_to_wait(&error) => {
+                self.hold(token, memory);
             }
             (doing, result) => {
                 let Some(due) = self.land(token, memory) else { return Ok(()) };

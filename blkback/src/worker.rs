@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel;
-use hypervisor::{Backend, DomId, GrantAccess, PAGE_SIZE};
+use hypervisor::{Backend, DomId, EventChannel, GrantAccess, PAGE_SIZE};
 use ring::{BackRing, Layout};
 use rustix::event::{EventfdFlags, eventfd};
 use xenstore_client::xenbus::{Blame, Fault};
@@ -32,7 +32,9 @@ const ARENA_PAGES: u32 = 2048;
 /// Pages that a queue keeps mapped, as many as Linux' backend: a ring of one page full of requests of 32 segments,
 /// and one indirect page for each.
 const MOST_KEPT: usize = 1056;
-/// How often unused pages are looked for.
+/// How often writes are tried again that the storage had no room for.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often unused pages, and a disk that has grown, are looked for.
 const PERIOD: Duration = Duration::from_secs(10);
 
 /// Everything a queue's thread needs to build the queue.
@@ -64,6 +66,19 @@ pub struct Plan {
     pub counters: Arc<Counters>,
     /// The processor to stay on.
     pub cpu: Option<usize>,
+    /// Whether this queue looks from time to time if the disk has grown: one of a disk's queues does.
+    pub measures: bool,
+    /// Whether writes wait when the storage is full.
+    pub hold_when_full: bool,
+}
+
+/// What a queue is told while it serves. Each is answered by [`Report::Changed`].
+#[derive(Debug, Clone)]
+pub enum Order {
+    /// The disk can do something else from now on.
+    Shape(Shape),
+    /// There is another disk.
+    Disk(Arc<Image>, Shape),
 }
 
 /// How a queue's thread reports.
@@ -71,6 +86,12 @@ pub struct Plan {
 pub enum Report {
     /// The queue cannot go on; it stays until it is told to stop.
     Broken(Fault),
+    /// An [`Order`] was carried out.
+    Changed,
+    /// Writes wait for room on the storage (true), or none do any more.
+    Full(bool),
+    /// The disk has grown.
+    Grown,
     /// The thread has ended: nothing is mapped or in flight any more.
     Ended,
 }
@@ -80,6 +101,7 @@ pub enum Report {
 pub struct Worker {
     stop: Arc<AtomicBool>,
     wake: Arc<OwnedFd>,
+    orders: channel::Sender<Order>,
     /// Lets the thread begin; gone once it has.
     go: Option<channel::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -97,6 +119,7 @@ impl Worker {
         let wake = Arc::new(eventfd(0, flags).map_err(|error| host("eventfd", error.into()))?);
         let (ready, built) = channel::bounded(1);
         let (go, may_go) = channel::bounded(1);
+        let (orders, inbox) = channel::unbounded();
         let name = plan.name.clone();
         let body = {
             let (stop, wake) = (Arc::clone(&stop), Arc::clone(&wake));
@@ -104,7 +127,8 @@ impl Worker {
                 // One span for the thread's life, so that what it logs names the disk.
                 let _span = tracing::info_span!("queue", name = plan.name).entered();
                 pin(plan.cpu);
-                let counters = Arc::clone(&plan.counters);
+                let (counters, image) = (Arc::clone(&plan.counters), Arc::clone(&plan.image));
+                let (units, measures) = (Arc::clone(&plan.units), plan.measures);
                 let (built, queue) = match build(plan, &wake) {
                     Ok(queue) => (Ok(()), Some(queue)),
                     Err(fault) => (Err(fault), None),
@@ -117,7 +141,9 @@ impl Worker {
                 }
                 // A bug of ours in one queue must not take the other disks along.
                 let drive = AssertUnwindSafe(|| {
-                    Drive { queue, counters: &counters, stop: &stop, wake: &wake, report: &report }.run();
+                    let (stop, wake, report, counters) = (&*stop, &wake, &report, &*counters);
+                    let (orders, full, retried) = (inbox, false, Instant::now());
+                    Drive { queue, image, units, measures, counters, stop, wake, orders, full, retried, report }.run();
                 });
                 if catch_unwind(drive).is_err() {
                     report(Report::Broken(Fault::host(libc::EIO, "a queue's thread panicked; see the log")));
@@ -127,7 +153,7 @@ impl Worker {
         };
         let thread = std::thread::Builder::new().name(name).spawn(body);
         let thread = thread.map_err(|error| host("starting a thread", error))?;
-        let worker = Self { stop, wake, go: Some(go), thread: Some(thread) };
+        let worker = Self { stop, wake, orders, go: Some(go), thread: Some(thread) };
         match built.recv() {
             Ok(built) => built.map(|()| worker),
             Err(_) => Err(Fault::host(libc::EIO, "a queue's thread panicked while it was being built; see the log")),
@@ -142,12 +168,23 @@ impl Worker {
         }
     }
 
+    /// Tells the queue to do something between two requests. False if it has ended.
+    pub fn order(&self, order: Order) -> bool {
+        let taken = self.orders.send(order).is_ok();
+        self.ring_bell();
+        taken
+    }
+
+    fn ring_bell(&self) {
+        if let Err(error) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
+            tracing::error!(%error, "cannot wake a queue");
+        }
+    }
+
     /// Tells the queue to finish what is in flight and end. Does not wait: [`Report::Ended`] follows.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
-        if let Err(error) = rustix::io::write(&*self.wake, &1u64.to_ne_bytes()) {
-            tracing::error!(%error, "cannot wake a queue");
-        }
+        self.ring_bell();
     }
 }
 
@@ -184,7 +221,21 @@ const EVENT: u32 = 0;
 const CONTROL: u32 = 1;
 
 fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<Bounced<UringStorage>>, Fault> {
-    let Plan { xen, peer, keys, protocol, persistent, image, shape, health, barriers, units, counters, .. } = plan;
+    let Plan {
+        xen,
+        peer,
+        keys,
+        protocol,
+        persistent,
+        image,
+        shape,
+        health,
+        barriers,
+        units,
+        counters,
+        hold_when_full,
+        ..
+    } = plan;
     let ring = xen
         .map(peer, &keys.ring, GrantAccess::ReadWrite)
         .map_err(|error| Fault::guest(libc::EINVAL, format!("mapping the ring: {error}")))?;
@@ -192,17 +243,31 @@ fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<Bounced<UringStorage>>
         .bind(peer, keys.port)
         .map_err(|error| Fault::guest(libc::EINVAL, format!("binding the event channel: {error}")))?;
     let layout = Layout::new(protocol.stride(), keys.ring.len());
-    let entries = layout.entries();
-    let storage = UringStorage::new(image.as_fd(), &[channel.fd(), wake.as_fd()], entries)
-        .map_err(|error| host("io_uring (Linux 6.1 or newer, and kernel.io_uring_disabled=0, are needed)", error))?;
-    // A unit at each end more than the largest request, which is all indirect segments of a page each.
-    let largest = shape.indirect.max(DIRECT_SEGMENTS) * PAGE_SIZE;
-    let storage = Bounced::new(storage, image.unit, largest, units, Arc::clone(wake));
+    let storage = storage(&image, &*channel, wake, layout.entries(), shape, units)?;
     let most_kept = if persistent { MOST_KEPT } else { 0 };
     let grants = Grants::new(xen, peer, ARENA_PAGES, most_kept).map_err(|error| host("memory for copies", error))?;
     let ring = BackRing::attach(ring, layout, 0);
     let wake = Arc::clone(wake);
-    Ok(Queue::new(Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters }))
+    let parts = Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters };
+    let mut queue = Queue::new(parts);
+    queue.hold_when_full(hold_when_full);
+    Ok(queue)
+}
+
+/// The way from a queue to an image.
+fn storage(
+    image: &Image,
+    channel: &dyn EventChannel,
+    wake: &Arc<OwnedFd>,
+    entries: u32,
+    shape: Shape,
+    units: Arc<Units>,
+) -> Result<Bounced<UringStorage>, Fault> {
+    let inner = UringStorage::new(image.as_fd(), &[channel.fd(), wake.as_fd()], entries)
+        .map_err(|error| host("io_uring (Linux 6.1 or newer, and kernel.io_uring_disabled=0, are needed)", error))?;
+    // All indirect segments, of a page each.
+    let largest = shape.indirect.max(DIRECT_SEGMENTS) * PAGE_SIZE;
+    Ok(Bounced::new(inner, image.unit, largest, units, Arc::clone(wake)))
 }
 
 fn fault(broken: &Broken) -> Fault {
@@ -217,9 +282,17 @@ fn fault(broken: &Broken) -> Fault {
 /// The life of a queue on its thread.
 struct Drive<'a, R> {
     queue: Queue<Bounced<UringStorage>>,
+    image: Arc<Image>,
+    units: Arc<Units>,
+    measures: bool,
     counters: &'a Counters,
     stop: &'a AtomicBool,
-    wake: &'a OwnedFd,
+    wake: &'a Arc<OwnedFd>,
+    orders: channel::Receiver<Order>,
+    /// Writes wait for room, and it was said.
+    full: bool,
+    /// When they were last tried again.
+    retried: Instant,
     report: &'a R,
 }
 
@@ -245,8 +318,14 @@ impl<R: Fn(Report)> Drive<'_, R> {
         while !self.stopped() {
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(4096) && period_began.elapsed() > PERIOD {
-                self.queue.next_period();
+                self.next_period();
                 period_began = Instant::now();
+            }
+            if let Ok(order) = self.orders.try_recv() {
+                self.carry_out(order)?;
+            }
+            if self.queue.held() > 0 {
+                self.retry_held();
             }
             let progress = self.queue.turn()?;
             if progress.taken > 0 {
@@ -255,13 +334,66 @@ impl<R: Fn(Report)> Drive<'_, R> {
             if !progress.is_idle() || self.look(&mut patience)? || self.queue.rearm()? {
                 continue;
             }
+            self.say_if_full();
             self.sleep(&mut patience)?;
             if period_began.elapsed() > PERIOD {
-                self.queue.next_period();
+                self.next_period();
                 period_began = Instant::now();
             }
         }
         Ok(())
+    }
+
+    fn next_period(&mut self) {
+        self.queue.next_period();
+        if self.measures && self.image.has_grown() {
+            (self.report)(Report::Grown);
+        }
+    }
+
+    fn retry_held(&mut self) {
+        if self.retried.elapsed() >= RETRY {
+            self.queue.retry_held();
+            self.retried = Instant::now();
+        }
+    }
+
+    fn say_if_full(&mut self) {
+        let full = self.queue.held() > 0;
+        if full != self.full {
+            self.full = full;
+            (self.report)(Report::Full(full));
+        }
+    }
+
+    fn carry_out(&mut self, order: Order) -> Result<(), Broken> {
+        match order {
+            Order::Shape(shape) => self.queue.reshape(shape),
+            Order::Disk(image, shape) => {
+                self.queue.give_up_held();
+                while self.queue.in_flight() > 0 {
+                    self.queue.drain()?;
+                    if self.queue.in_flight() > 0 {
+                        self.wait(PERIOD)?;
+                    }
+                }
+                let units = Arc::clone(&self.units);
+                let entries = self.queue.slots();
+                let made = storage(&image, self.queue.channel(), self.wake, entries, shape, units);
+                let failed =
+                    |fault: Fault| Broken::Host { what: "changing the disk", source: io::Error::other(fault.text) };
+                self.queue.change_disk(made.map_err(failed)?, shape);
+                self.image = image;
+            }
+        }
+        (self.report)(Report::Changed);
+        Ok(())
+    }
+
+    fn wait(&mut self, longest: Duration) -> Result<(), Broken> {
+        let waited = self.queue.storage().inner().wait(Some(longest));
+        self.quiet_control();
+        waited.map_err(|source| Broken::Host { what: "io_uring", source })
     }
 
     /// Looks for work for a while. True when there is some.
@@ -301,7 +433,8 @@ impl<R: Fn(Report)> Drive<'_, R> {
         }
         self.queue.channel().unmask().map_err(channel_failed)?;
         let began = Instant::now();
-        self.queue.storage().inner().wait(Some(PERIOD)).map_err(waiting_failed)?;
+        let longest = if self.queue.held() > 0 { RETRY } else { PERIOD };
+        self.queue.storage().inner().wait(Some(longest)).map_err(waiting_failed)?;
         patience.slept(began.elapsed());
         // Finds out who rang; what the disk has finished is answered along the way.
         self.queue.drain()?;
@@ -326,6 +459,8 @@ impl<R: Fn(Report)> Drive<'_, R> {
         // Nobody takes the guest's events any more: a descriptor that stays readable would have us spin until a slow
         // disk is done.
         self.queue.storage().inner().ignore(EVENT);
+        self.queue.hold_when_full(false);
+        self.queue.give_up_held();
         while self.queue.in_flight() > 0 || !self.stopped() {
             match self.queue.drain() {
                 // Said once already; the rest must still come back before memory may go.
@@ -333,12 +468,7 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 Err(broken) => return Err(broken),
             }
             if self.queue.in_flight() > 0 || !self.stopped() {
-                self.queue
-                    .storage()
-                    .inner()
-                    .wait(Some(PERIOD))
-                    .map_err(|source| Broken::Host { what: "io_uring", source })?;
-                self.quiet_control();
+                self.wait(PERIOD)?;
             }
         }
         Ok(())

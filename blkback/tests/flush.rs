@@ -254,6 +254,36 @@ fn a_write_that_fails_is_one_requests_error() {
     assert_eq!(one.answers(), [(1, -1), (2, 0)]);
 }
 
+/// The write waits, or is one request's error, as the administrator wishes; nothing else waits with it.
+#[test]
+fn a_full_disk_holds_writes_or_reports_them() {
+    let full = || Err(io::Error::from_raw_os_error(libc::ENOSPC));
+    let (mut one, _two, _guest) = two_queues();
+    one.ask(op::WRITE, 1, true);
+    one.turn();
+    one.disk.end("write", full());
+    one.ask(op::FLUSH_DISKCACHE, 2, false);
+    one.turn();
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert_eq!((one.answers(), one.back.held()), (vec![(2, 0)], 1));
+    one.back.retry_held();
+    assert_eq!((one.disk.asked(), one.back.held()), (vec!["write"], 0));
+    one.disk.end("write", full());
+    one.turn();
+    assert_eq!(one.back.held(), 1, "still no room");
+    one.back.retry_held();
+    one.disk.end("write", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(1, 0)]);
+    one.back.hold_when_full(false);
+    one.ask(op::WRITE, 3, true);
+    one.turn();
+    one.disk.end("write", full());
+    one.turn();
+    assert_eq!((one.answers(), one.back.held()), (vec![(3, -1)], 0));
+}
+
 /// Everything before it on either queue, its flush, its write, its flush; and only then anything after it.
 #[test]
 fn a_barrier_is_one_over_all_queues() {

@@ -215,7 +215,7 @@ fn writes_to_a_cdrom() {
     let scene = Scene::new();
     scene.dom0.attach(&scene.hostile, &format!("{},raw,xvda,r,cdrom", scene.image().display())).unwrap();
     let mut disk = scene.connect(&Options::default());
-    assert_eq!(disk.front.disk().info, 1 | 4);
+    assert_eq!(disk.front.disk().info, 1 | 2 | 4);
     only_reads(&mut disk);
     scene.close(disk);
 }

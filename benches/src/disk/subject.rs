@@ -46,7 +46,7 @@ pub(super) fn find(arguments: &Arguments) -> Result<Subject, Failure> {
     }
     let path = std::path::absolute(spec.target.as_deref().unwrap_or_default())?;
     let image = Image::open(&path, spec.access)?;
-    let (bytes, direct) = (image.sectors * 512, image.direct);
+    let (bytes, direct) = (image.sectors() * 512, image.direct);
     Ok(Subject { spec, path, bytes, direct, _own: own })
 }
 
