@@ -302,6 +302,10 @@ impl<S: Storage> Storage for Bounced<S> {
     fn has_completions(&mut self) -> bool {
         !self.ready.is_empty() || self.inner.has_completions()
     }
+
+    fn give_up(&mut self) {
+        self.inner.give_up();
+    }
 }
 
 impl<S> Drop for Bounced<S> {

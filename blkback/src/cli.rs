@@ -109,7 +109,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
     let join = || cli.machine.join();
     match cli.command {
         Command::Serve(serve) => {
-            program::log_to_stderr();
+            program::log_to_stderr("info");
             let signals = StopSignals::block()?;
             run_server(join()?, serve, signals)
         }

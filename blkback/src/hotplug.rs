@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use xenstore_client::{Client, Store};
 
 use crate::image::{Image, Problem};
+use crate::nbd::Export;
 use crate::spec::Access;
 
 /// What libxl wants.
@@ -32,7 +33,7 @@ pub fn access(mode: &str) -> Access {
 /// The file or device that `params` names; a name without a folder is a device, as the stock script has it.
 pub fn path(params: &str) -> PathBuf {
     let params = params.strip_prefix("aio:").unwrap_or(params);
-    if params.starts_with('/') { params.into() } else { Path::new("/dev").join(params) }
+    if params.starts_with('/') || Export::is_one(params) { params.into() } else { Path::new("/dev").join(params) }
 }
 
 /// Handles one event for the backend in `xenbus_path`.
@@ -73,8 +74,11 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
     let mode = store.read_str(&format!("{xenbus_path}/mode"))?;
     let cdrom = store.read_opt(&format!("{xenbus_path}/device-type"))?.as_deref() == Some("cdrom");
     let access = if cdrom { Access::ReadOnly } else { access(&mode) };
-    let path = std::path::absolute(path(&params))
-        .map_err(|error| Failure { text: format!("{params}: {error}"), status: "error" })?;
+    let path = match path(&params) {
+        export if Export::is_one(&params) => export,
+        path => std::path::absolute(path)
+            .map_err(|error| Failure { text: format!("{params}: {error}"), status: "error" })?,
+    };
     // The backend opens it when it sees hotplug-status. What is wrong with it is known here, where xl can still show
     // it.
     let device = Image::check(&path, access).map_err(|error| {

@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,8 @@ use rustix::fs::{FallocateFlags, OFlags, StatxFlags};
 
 use crate::abi::SECTOR;
 use crate::lock;
+use crate::nbd::protocol::{NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_TRIM};
+use crate::nbd::{Client, Export, link::Link};
 use crate::neighbours::{self, Neighbour};
 use crate::spec::Access;
 
@@ -68,6 +71,8 @@ pub struct Image {
     path: PathBuf,
     /// Files under a loop device, claimed along with it.
     _under: Vec<File>,
+    /// The server, if the image is not on this machine.
+    remote: Option<Arc<Client>>,
     /// Whole sectors of 512 bytes. See [`sectors`](Self::sectors).
     sectors: AtomicU64,
     /// Bytes of the disk's own sectors: the unit of a request.
@@ -98,7 +103,10 @@ impl Image {
     /// When it is no disk, cannot be opened, or is in use in a way that `access` forbids.
     pub fn open(path: &Path, access: Access) -> Result<Self, ImageError> {
         let fail = |problem| ImageError { path: path.to_owned(), problem };
-        Self::open_inner(path, access).map_err(fail)
+        match export(path) {
+            Some(text) => Self::open_remote(text, access).map_err(fail),
+            None => Self::open_inner(path, access).map_err(fail),
+        }
     }
 
     /// Whether [`open`](Self::open) would succeed now. Returns the device number of a block device.
@@ -107,6 +115,11 @@ impl Image {
     /// As [`open`](Self::open).
     pub fn check(path: &Path, access: Access) -> Result<Option<(u32, u32)>, ImageError> {
         let checked = || {
+            if let Some(text) = export(path) {
+                let link = Link::make(&parse(text)?).map_err(remote_problem)?;
+                check_remote(link.info.size, link.info.flags, access)?;
+                return Ok(None);
+            }
             let (mut file, metadata) = open_file(path, access)?;
             wait_for_the_dead(&file, access);
             claim(&file, &metadata, access, (lock::check, lock::check_part))?;
@@ -134,6 +147,7 @@ impl Image {
             notes: Vec::new(),
             file,
             _under: under,
+            remote: None,
         };
         if bytes % SECTOR != 0 {
             image.notes.push(format!("the last {} bytes are no whole sector and are not served", bytes % SECTOR));
@@ -145,6 +159,39 @@ impl Image {
         }
         image.choose_unit(access)?;
         Ok(image)
+    }
+
+    fn open_remote(text: &str, access: Access) -> Result<Self, Problem> {
+        let client = Client::connect(parse(text)?).map_err(remote_problem)?;
+        let info = client.info();
+        check_remote(info.size, info.flags, access)?;
+        if info.payload < LARGEST_REQUEST {
+            let source = io::Error::other(format!("it takes at most {} bytes at a time, too few", info.payload));
+            return Err(Problem::Io { what: "the NBD server", source });
+        }
+        let mut image = Self::none().map_err(io_problem("an idle descriptor"))?;
+        image.path = text.into();
+        image.sectors = AtomicU64::new(info.size / SECTOR);
+        image.unit = info.block.max(SECTOR as u32);
+        image.physical_sector_size = image.unit.max(4096);
+        image.discard = access != Access::ReadOnly && info.flags & NBD_FLAG_SEND_TRIM != 0;
+        image.discard_granularity = image.unit;
+        image.direct = true;
+        if info.flags & NBD_FLAG_SEND_FLUSH == 0 {
+            let note = "the server takes no flushes: what it has answered is all that is promised of it";
+            image.notes.push(note.to_owned());
+        }
+        if access == Access::Write {
+            let note = "NBD has no locks: that nobody else writes to this export is the administrator's to see to";
+            image.notes.push(note.to_owned());
+        }
+        image.remote = Some(Arc::new(client));
+        Ok(image)
+    }
+
+    /// The server, if the image is not on this machine.
+    pub fn remote(&self) -> Option<&Arc<Client>> {
+        self.remote.as_ref()
     }
 
     fn learn_device(&mut self, device: u64, writable: bool) -> Result<(), Problem> {
@@ -243,6 +290,7 @@ impl Image {
             file: file.into(),
             path: PathBuf::new(),
             _under: Vec::new(),
+            remote: None,
             sectors: AtomicU64::new(0),
             sector_size: SECTOR as u32,
             physical_sector_size: SECTOR as u32,
@@ -267,6 +315,9 @@ impl Image {
     }
 
     fn size_now(&self) -> io::Result<u64> {
+        if self.remote.is_some() {
+            return Ok(self.sectors());
+        }
         let unit = u64::from(self.unit.max(self.sector_size));
         Ok((&self.file).seek(SeekFrom::End(0))? / unit * unit / SECTOR)
     }
@@ -350,6 +401,29 @@ fn wait_for_the_dead(file: &File, access: Access) {
     }
 }
 
+/// The NBD export that a path stands for; `None` if it is a path.
+fn export(path: &Path) -> Option<&str> {
+    path.to_str().filter(|text| Export::is_one(text))
+}
+
+fn parse(text: &str) -> Result<Export, Problem> {
+    text.parse().map_err(|error: String| Problem::Io { what: "NBD export", source: io::Error::other(error) })
+}
+
+fn remote_problem(source: io::Error) -> Problem {
+    Problem::Io { what: "the NBD server cannot be reached", source }
+}
+
+fn check_remote(size: u64, flags: u16, access: Access) -> Result<(), Problem> {
+    if size < SECTOR {
+        return Err(Problem::Empty(size));
+    }
+    if access != Access::ReadOnly && flags & NBD_FLAG_READ_ONLY != 0 {
+        return Err(Problem::ReadOnlyStorage);
+    }
+    Ok(())
+}
+
 /// Opens what can be a disk, and nothing else.
 fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
     // Looked at before it is opened: opening a pipe or a device can have effects.
@@ -376,6 +450,9 @@ fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
 
 /// Numbers of network file systems (statfs(2), linux/magic.h): nfs, cifs, smb2, 9p, ceph, afs.
 const NETWORK: [u32; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400, 0x5346_414f];
+
+/// Bytes of the largest request of a guest: 256 segments, and a unit more at each end.
+const LARGEST_REQUEST: u32 = (256 + 2) * 4096;
 
 /// The sectors of a "4Kn" disk, in bytes.
 const LARGE: u32 = 4096;

@@ -11,6 +11,7 @@
 
 pub mod abi;
 pub mod barrier;
+pub mod below;
 pub mod bounce;
 pub mod cli;
 pub mod counters;
@@ -24,6 +25,7 @@ pub mod image;
 pub mod lock;
 pub mod log_gate;
 pub mod medium;
+pub mod nbd;
 pub mod negotiate;
 pub mod neighbours;
 pub mod patience;

@@ -38,6 +38,21 @@ pub trait Storage {
     fn next(&mut self) -> Option<Done>;
     /// Whether [`next`](Self::next) has, or with one more [`submit`](Self::submit) would have, something.
     fn has_completions(&mut self) -> bool;
+    /// The queue is being closed: what waits for something that may never come ends with an error.
+    fn give_up(&mut self) {}
+}
+
+/// Where a queue's thread sleeps: in one place, for the disk and for everybody who may wake it.
+pub trait Sleep {
+    /// Sleeps until an operation has finished, a waker rings, or `timeout` is over.
+    ///
+    /// # Errors
+    /// When the kernel refuses to wait.
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+    /// From now on waker `index` wakes nobody, or once more if it is being waited for.
+    fn ignore(&mut self, index: u32);
+    /// Whether waker `index` rang since this was last asked.
+    fn take_rung(&mut self, index: u32) -> bool;
 }
 
 /// A file or block device through io_uring, together with the descriptors that wake the queue's thread: it blocks in
@@ -71,11 +86,14 @@ impl UringStorage {
         Ok(Self { ring, rung: 0, armed: 0, ignored: 0, wakers: wakers.len() as u32, continued: 0 })
     }
 
-    /// Sleeps until an operation has finished, a waker rings, or `timeout` is over.
-    ///
-    /// # Errors
-    /// When the kernel refuses to wait.
-    pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    /// Operations that were short or interrupted and had to be continued.
+    pub fn continued(&self) -> u32 {
+        self.continued
+    }
+}
+
+impl Sleep for UringStorage {
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         for waker in 0..self.wakers {
             if (self.armed | self.ignored) & (1 << waker) == 0 {
                 self.armed |= 1 << waker;
@@ -85,22 +103,15 @@ impl UringStorage {
         self.ring.wait(timeout)
     }
 
-    /// From now on waker `index` wakes nobody, or once more if it is being waited for.
-    pub fn ignore(&mut self, index: u32) {
+    fn ignore(&mut self, index: u32) {
         self.ignored |= 1 << index;
     }
 
-    /// Whether waker `index` rang since this was last asked.
     #[inline]
-    pub fn take_rung(&mut self, index: u32) -> bool {
+    fn take_rung(&mut self, index: u32) -> bool {
         let rang = self.rung & (1 << index) != 0;
         self.rung &= !(1 << index);
         rang
-    }
-
-    /// Operations that were short or interrupted and had to be continued.
-    pub fn continued(&self) -> u32 {
-        self.continued
     }
 }
 

@@ -154,13 +154,13 @@ fn target(spec: &DiskSpec, backend: DomId) -> Result<String, Error> {
             "backend={other} is not the domain this backend runs in ({backend}): attach the disk there"
         ));
     }
-    if spec.kind == TargetKind::Nbd {
-        return refused("NBD servers as disks are not served yet; connect it with nbd-client and attach phy:/dev/nbdN");
-    }
     let target = match &spec.target {
         Some(target) if spec.format == Format::Raw => target,
         _ => return refused("an empty drive cannot be served: name an image"),
     };
+    if spec.kind == TargetKind::Nbd {
+        return Ok(target.clone());
+    }
     let path = std::path::absolute(target).map_err(|error| Error::Refused(format!("{target}: {error}")))?;
     match path.into_os_string().into_string() {
         Ok(path) => Ok(path),

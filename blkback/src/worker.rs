@@ -16,6 +16,7 @@ use xenstore_client::xenbus::{Blame, Fault};
 
 use crate::abi::{DIRECT_SEGMENTS, Protocol};
 use crate::barrier::Barriers;
+use crate::below::Below;
 use crate::bounce::{Bounced, Units};
 use crate::counters::Counters;
 use crate::grants::Grants;
@@ -25,7 +26,7 @@ use crate::negotiate::QueueKeys;
 use crate::patience::Patience;
 use crate::queue::{Broken, Parts, Queue};
 use crate::request::Shape;
-use crate::storage::UringStorage;
+use crate::storage::{Sleep, Storage};
 
 /// Pages of ours that a queue copies through: 8 MiB, eight of the largest requests at a time.
 const ARENA_PAGES: u32 = 2048;
@@ -220,7 +221,7 @@ fn pin(cpu: Option<usize>) {
 const EVENT: u32 = 0;
 const CONTROL: u32 = 1;
 
-fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<Bounced<UringStorage>>, Fault> {
+fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<Bounced<Below>>, Fault> {
     let Plan {
         xen,
         peer,
@@ -262,8 +263,8 @@ fn storage(
     entries: u32,
     shape: Shape,
     units: Arc<Units>,
-) -> Result<Bounced<UringStorage>, Fault> {
-    let inner = UringStorage::new(image.as_fd(), &[channel.fd(), wake.as_fd()], entries)
+) -> Result<Bounced<Below>, Fault> {
+    let inner = Below::new(image, &[channel.fd(), wake.as_fd()], entries)
         .map_err(|error| host("io_uring (Linux 6.1 or newer, and kernel.io_uring_disabled=0, are needed)", error))?;
     // All indirect segments, of a page each.
     let largest = shape.indirect.max(DIRECT_SEGMENTS) * PAGE_SIZE;
@@ -281,7 +282,7 @@ fn fault(broken: &Broken) -> Fault {
 
 /// The life of a queue on its thread.
 struct Drive<'a, R> {
-    queue: Queue<Bounced<UringStorage>>,
+    queue: Queue<Bounced<Below>>,
     image: Arc<Image>,
     units: Arc<Units>,
     measures: bool,
@@ -468,7 +469,10 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 Err(broken) => return Err(broken),
             }
             if self.queue.in_flight() > 0 || !self.stopped() {
-                self.wait(PERIOD)?;
+                self.wait(if self.stopped() { RETRY } else { PERIOD })?;
+            }
+            if self.stopped() {
+                self.queue.storage().give_up();
             }
         }
         Ok(())

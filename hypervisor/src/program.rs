@@ -70,11 +70,12 @@ pub fn run<C: clap::Parser>(
     }
 }
 
-/// Sends the log to standard error; `RUST_LOG` sets its level.
-pub fn log_to_stderr() {
+/// Sends the log to standard error, from `level` on (`info` for a service, `warn` for a command) unless `RUST_LOG` says
+/// otherwise.
+pub fn log_to_stderr(level: &str) {
     use std::io::IsTerminal;
 
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // Whoever carries this program along may have a log already, which is then used.
     let _ = log.with_ansi(std::io::stderr().is_terminal()).try_init();

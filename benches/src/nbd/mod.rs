@@ -34,9 +34,10 @@ mod connection;
 mod disk;
 mod handshake;
 mod outbox;
-pub mod protocol;
 mod ram;
 mod server;
+
+pub use blkback::nbd::protocol;
 
 pub use disk::{Command, Completion, Disk, Geometry, GeometryError};
 pub use outbox::Limits;

@@ -134,6 +134,36 @@ impl IoList {
         self.advance(self.len);
     }
 
+    /// Copies what is left to be done out of the memory.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len];
+        let mut at = 0;
+        for piece in &self.pieces[self.first..] {
+            let to = &mut bytes[at..at + piece.iov_len];
+            // SAFETY: as in `copy_to`; the target is private memory of the right length.
+            unsafe { std::ptr::copy(piece.iov_base.cast::<u8>().cast_const(), to.as_mut_ptr(), piece.iov_len) };
+            at += piece.iov_len;
+        }
+        bytes
+    }
+
+    /// Fills what is left to be done from `bytes`, and marks it as done.
+    ///
+    /// # Panics
+    /// When there are too few or too many, or one of the mappings is read-only.
+    pub fn fill(&mut self, bytes: &[u8]) {
+        assert!(self.is_writable(), "write to a read-only mapping");
+        assert_eq!(bytes.len(), self.len);
+        let mut at = 0;
+        for piece in &self.pieces[self.first..] {
+            let from = &bytes[at..at + piece.iov_len];
+            // SAFETY: as in `copy_to`, the other way round; the pieces are writable, as just checked.
+            unsafe { std::ptr::copy(from.as_ptr(), piece.iov_base.cast::<u8>(), piece.iov_len) };
+            at += piece.iov_len;
+        }
+        self.advance(self.len);
+    }
+
     /// Whether every piece may be written to. What the kernel is to fill must be.
     #[inline]
     pub fn is_writable(&self) -> bool {
@@ -185,6 +215,9 @@ mod tests {
         let from = list([(100, 3), (200, 4)]);
         assert!(from.is_multiple_of(1) && !from.is_multiple_of(2));
         from.copy_to(&other, 10);
+        assert_eq!(from.to_vec(), b"abcdefg");
+        list([(300, 2), (400, 5)]).fill(b"ABCDEFG");
+        assert_eq!(list([(300, 2), (400, 5)]).to_vec(), b"ABCDEFG");
         let mut to = list([(300, 2), (400, 5)]);
         to.fill_from(&other, 10);
         assert!(to.is_empty());

@@ -1,0 +1,209 @@
+//! One connection to an NBD server, from connecting to the moment when requests can be sent
+//! (proto.md, Newstyle negotiation).
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use super::export::{Export, Place};
+use super::protocol::*;
+
+/// How long a server may take for the handshake.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest reply to an option that is read: an error message.
+const LONGEST_REPLY: u32 = 64 << 10;
+
+/// Either kind of socket.
+#[derive(Debug)]
+pub enum Stream {
+    /// A Unix socket.
+    Unix(UnixStream),
+    /// A TCP connection.
+    Tcp(TcpStream),
+}
+
+impl Stream {
+    fn connect(place: &Place) -> io::Result<Self> {
+        match place {
+            Place::Unix(path) => UnixStream::connect(path).map(Self::Unix),
+            Place::Tcp(host, port) => {
+                let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+                for address in (host.as_str(), *port).to_socket_addrs()? {
+                    match TcpStream::connect_timeout(&address, PATIENCE) {
+                        Ok(stream) => {
+                            stream.set_nodelay(true)?;
+                            return Ok(Self::Tcp(stream));
+                        }
+                        Err(error) => last = error,
+                    }
+                }
+                Err(last)
+            }
+        }
+    }
+
+    fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => stream.set_read_timeout(patience).and_then(|()| stream.set_write_timeout(patience)),
+            Self::Tcp(stream) => stream.set_read_timeout(patience).and_then(|()| stream.set_write_timeout(patience)),
+        }
+    }
+
+    /// From now on a read or write that takes longer fails.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn hurry(&self) -> io::Result<()> {
+        self.set_patience(Some(Duration::from_secs(1)))
+    }
+
+    /// Another handle of the same connection.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn another(&self) -> io::Result<Self> {
+        match self {
+            Self::Unix(stream) => stream.try_clone().map(Self::Unix),
+            Self::Tcp(stream) => stream.try_clone().map(Self::Tcp),
+        }
+    }
+
+    /// Ends it: whoever reads or writes learns of it.
+    pub fn end(&self) {
+        // It may have ended by itself.
+        let _ = match self {
+            Self::Unix(stream) => stream.shutdown(Shutdown::Both),
+            Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
+        };
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => stream.read(buffer),
+            Self::Tcp(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => stream.write(buffer),
+            Self::Tcp(stream) => stream.write(buffer),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the server says of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Info {
+    /// Bytes.
+    pub size: u64,
+    /// `NBD_FLAG_*`.
+    pub flags: u16,
+    /// Bytes that requests have to be multiples of.
+    pub block: u32,
+    /// Most bytes of one read or write.
+    pub payload: u32,
+}
+
+/// A connection that is ready for requests.
+#[derive(Debug)]
+pub struct Link {
+    /// The connection. Reads and writes wait for as long as it takes.
+    pub stream: Stream,
+    /// What the server said.
+    pub info: Info,
+}
+
+fn odd(text: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text.into())
+}
+
+fn read<const N: usize>(stream: &mut Stream) -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    stream.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+impl Link {
+    /// Connects and asks for the export.
+    ///
+    /// # Errors
+    /// When nobody listens, when it is no NBD server, when it has no such export.
+    pub fn make(export: &Export) -> io::Result<Self> {
+        let mut stream = Stream::connect(&export.place)?;
+        stream.set_patience(Some(PATIENCE))?;
+        let greeting: [u8; GREETING_SIZE] = read(&mut stream)?;
+        let [init, magic] = [0, 8].map(|at| u64_at(&greeting, at));
+        let flags = u16::from_be_bytes([greeting[16], greeting[17]]);
+        if (init, magic) != (NBD_INIT_MAGIC, NBD_OPTS_MAGIC) || flags & NBD_FLAG_FIXED_NEWSTYLE == 0 {
+            return Err(odd("it is no NBD server, or one older than 2011 (fixed newstyle is needed)"));
+        }
+        let wanted = NBD_FLAG_C_FIXED_NEWSTYLE | if flags & NBD_FLAG_NO_ZEROES != 0 { NBD_FLAG_C_NO_ZEROES } else { 0 };
+        stream.write_all(&wanted.to_be_bytes())?;
+        let query = ExportQuery { name: export.name.as_bytes(), infos: vec![NBD_INFO_BLOCK_SIZE] }.encode();
+        stream.write_all(&OptionHeader { option: NBD_OPT_GO, length: query.len() as u32 }.encode())?;
+        stream.write_all(&query)?;
+        let info = replies(&mut stream)?;
+        stream.set_patience(None)?;
+        Ok(Self { stream, info })
+    }
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes[at..at + 8].iter().fold(0, |sum, &byte| sum << 8 | u64::from(byte))
+}
+
+/// Reads the replies to NBD_OPT_GO.
+fn replies(stream: &mut Stream) -> io::Result<Info> {
+    let mut info = Info { size: 0, flags: 0, block: 1, payload: MAX_PAYLOAD };
+    let mut known = false;
+    loop {
+        let header: [u8; OPTION_REPLY_SIZE] = read(stream)?;
+        if u64_at(&header, 0) != NBD_REP_MAGIC {
+            return Err(odd("it does not speak the NBD protocol"));
+        }
+        let number = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let (reply, length) = (number(12), number(16));
+        if length > LONGEST_REPLY {
+            return Err(odd(format!("its reply is {length} bytes long")));
+        }
+        let mut data = vec![0; length as usize];
+        stream.read_exact(&mut data)?;
+        match reply {
+            NBD_REP_ACK if known => return Ok(info),
+            NBD_REP_ACK => return Err(odd("it does not say how large the export is")),
+            NBD_REP_INFO => match data.split_first_chunk().map(|(kind, rest)| (u16::from_be_bytes(*kind), rest)) {
+                Some((NBD_INFO_EXPORT, rest)) if rest.len() == 10 => {
+                    info.size = u64_at(rest, 0);
+                    info.flags = u16::from_be_bytes([rest[8], rest[9]]);
+                    known = true;
+                }
+                Some((NBD_INFO_BLOCK_SIZE, rest)) if rest.len() == 12 => {
+                    let word = |at: usize| u32::from_be_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]]);
+                    info.block = word(0).max(1);
+                    info.payload = word(8).clamp(info.block, MAX_PAYLOAD);
+                }
+                // The export's name or description; or something that was not asked for.
+                _ => {}
+            },
+            NBD_REP_ERR_UNKNOWN => {
+                return Err(io::Error::new(io::ErrorKind::NotFound, "the server has no such export"));
+            }
+            reply if reply & (1 << 31) != 0 => {
+                let said = String::from_utf8_lossy(&data);
+                let said = said.chars().filter(|c| !c.is_control()).take(200).collect::<String>();
+                return Err(odd(format!("the server refuses the export (error {}): {said}", reply & !(1 << 31))));
+            }
+            other => return Err(odd(format!("it gives an unknown reply {other}"))),
+        }
+    }
+}
