@@ -1,0 +1,408 @@
+//! A time alone with the machine's network.
+
+use std::env;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::error::Fault as StepFault;
+use super::journal::{self, Found, Open, now};
+use super::lock::Lock;
+use super::{Error, Journal, Pending, pending};
+use crate::link::{Link, Mode};
+use crate::nft::{Change, Family, Nft, Table};
+use crate::plan::Plan;
+use crate::state::{OurTable, State, What};
+use crate::step::Step;
+
+/// The variable that names another run directory than /run/bridge-scripts.
+pub(super) const RUN_VARIABLE: &str = "BRIDGE_SCRIPTS_RUN";
+/// The variable by which tests let a program fail or die, see [`Fault`].
+const FAULT_VARIABLE: &str = "BRIDGE_SCRIPTS_FAULT";
+pub(super) const JOURNAL: &str = "journal.json";
+
+/// Where a plan is to go wrong, for tests. Steps are counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The step fails without having done anything (`fail-before=N`).
+    FailBefore(usize),
+    /// The step is done and fails nevertheless (`fail-after=N`).
+    FailAfter(usize),
+    /// The process dies by SIGKILL before the step, which is in the journal already (`kill-before=N`).
+    KillBefore(usize),
+    /// The process dies by SIGKILL after the step (`kill-after=N`).
+    KillAfter(usize),
+    /// The process dies by SIGKILL while it takes back the step, when that is half done (`kill-undo=N`).
+    KillUndo(usize),
+}
+
+impl Fault {
+    /// Reads `fail-before=3`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (what, step) = text.split_once('=')?;
+        let step = step.parse().ok()?;
+        match what {
+            "fail-before" => Some(Self::FailBefore(step)),
+            "fail-after" => Some(Self::FailAfter(step)),
+            "kill-before" => Some(Self::KillBefore(step)),
+            "kill-after" => Some(Self::KillAfter(step)),
+            "kill-undo" => Some(Self::KillUndo(step)),
+            _ => None,
+        }
+    }
+}
+
+/// How a [`Session`] behaves.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The run directory: lock, journal, records.
+    pub run: PathBuf,
+    /// How long to wait for others.
+    pub patience: Duration,
+    /// Who is told what an administrator should see: waiting, repairs.
+    pub say: fn(&str),
+    /// For tests.
+    pub fault: Option<Fault>,
+    /// The program that waits for a confirmation: this one, unless said.
+    pub waiter: Option<PathBuf>,
+}
+
+impl Default for Options {
+    /// The run directory of the environment, 30 s of patience, messages into the log.
+    fn default() -> Self {
+        let run = env::var_os(RUN_VARIABLE).filter(|dir| !dir.is_empty());
+        Self {
+            run: run.map_or_else(|| PathBuf::from("/run/bridge-scripts"), PathBuf::from),
+            patience: Duration::from_secs(30),
+            say: |line| tracing::warn!("{line}"),
+            fault: env::var(FAULT_VARIABLE).ok().as_deref().and_then(Fault::parse),
+            waiter: None,
+        }
+    }
+}
+
+/// What a plan came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// How many steps were done; 0 if there was nothing to do.
+    pub steps: usize,
+}
+
+/// A time alone with the machine's network: nobody else of ours changes it until this is dropped.
+#[derive(Debug)]
+pub struct Session {
+    options: Options,
+    link: Link,
+    nft: Option<Nft>,
+    _lock: Lock,
+}
+
+impl Session {
+    /// Waits for the lock, takes back what a killed run left, and what was to be confirmed and was not.
+    ///
+    /// # Errors
+    ///
+    /// When the lock is held for too long, a repair fails, or the run directory cannot be used.
+    pub fn open(options: Options) -> Result<Self, Error> {
+        make_dir(&options.run)?;
+        let lock = Lock::take(&options.run, options.patience, options.say)?;
+        let link = Link::open().map_err(|error| Error::Read(Box::new(error.into())))?;
+        let mut session = Self { options, link, nft: None, _lock: lock };
+        let path = session.file(JOURNAL);
+        if let Some(found) = journal::find(&path)? {
+            session.repair(&path, found, "was interrupted")?;
+        }
+        let path = session.file(pending::FILE);
+        if let Some(found) = journal::find(&path)?.filter(|found| pending::left(&found.journal) == 0) {
+            session.repair(&path, found, "was not confirmed")?;
+        }
+        Ok(session)
+    }
+
+    /// Reads the network's state, our tables' contents and records included.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel or the run directory cannot be read.
+    pub fn read(&mut self, what: &What) -> Result<State, Error> {
+        if what.tables {
+            self.nft().map_err(|error| Error::Read(Box::new(error)))?;
+        }
+        read(&self.options.run, &mut self.link, self.nft.as_mut(), what)
+    }
+
+    /// What was applied and waits for its confirmation.
+    ///
+    /// # Errors
+    ///
+    /// When the run directory cannot be read.
+    pub fn pending(&self) -> Result<Option<Pending>, Error> {
+        Pending::find(&self.options.run)
+    }
+
+    /// Keeps what was applied with a time limit.
+    ///
+    /// # Errors
+    ///
+    /// When nothing waits.
+    pub fn confirm(&mut self) -> Result<Pending, Error> {
+        pending::confirm(&self.options.run)
+    }
+
+    /// Carries out the plan, all of it or nothing. `before` is what [`Session::read`] told in this session, of everything
+    /// that the plan changes.
+    ///
+    /// # Errors
+    ///
+    /// When a step fails; what was done before it has been taken back.
+    pub fn apply(&mut self, plan: &Plan, before: &State) -> Result<Report, Error> {
+        self.carry_out(plan, before, None)
+    }
+
+    /// The same, and takes it back after so many seconds unless [`Session::confirm`] comes before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::apply`]; also if the process that waits cannot be started, and then nothing was done.
+    pub fn apply_for(&mut self, plan: &Plan, before: &State, seconds: u32) -> Result<Report, Error> {
+        self.carry_out(plan, before, Some(now() + u64::from(seconds)))
+    }
+
+    fn carry_out(&mut self, plan: &Plan, before: &State, deadline: Option<u64>) -> Result<Report, Error> {
+        if plan.is_empty() {
+            return Ok(Report { steps: 0 });
+        }
+        let undo = plan.undo(before);
+        let mut journal = Open::create(&self.file(JOURNAL), &Journal::new(&plan.title, undo.clone(), deadline))?;
+        if let Some(deadline) = deadline {
+            // Before the first step: if this process dies on the way, the machine may be out of reach already.
+            let program = match &self.options.waiter {
+                Some(program) => program.clone(),
+                None => env::current_exe().map_err(Error::Waiter)?,
+            };
+            if let Err(error) = pending::start_waiter(&program, &self.options.run, deadline) {
+                journal.close()?;
+                return Err(error);
+            }
+        }
+        for (index, step) in plan.steps.iter().enumerate() {
+            journal.doing(index)?;
+            if let Err(source) = self.take_with_faults(index, step) {
+                // What exists already is somebody else's, and not to be taken away.
+                let theirs = matches!(&source, StepFault::Link(error) if error.errno() == Some(libc::EEXIST));
+                let begun = if theirs { index.checked_sub(1) } else { Some(index) };
+                let (step, source) = (step.to_string(), Box::new(source));
+                let failed = begun.map_or(Ok(Vec::new()), |begun| self.take_back(&mut journal, &undo, begun))?;
+                return Err(if failed.is_empty() {
+                    journal.close()?;
+                    Error::Step { index, step, source }
+                } else {
+                    journal.keep_as(&self.file("unrepaired.json"))?;
+                    Error::Undo { index, step, source, undo: failed }
+                });
+            }
+        }
+        match deadline {
+            Some(_) => journal.keep_as(&self.file(pending::FILE))?,
+            None => journal.close()?,
+        }
+        Ok(Report { steps: plan.steps.len() })
+    }
+
+    /// Takes back steps from `last` to the first, and says what could not be.
+    fn take_back(&mut self, journal: &mut Open, undo: &[Vec<Step>], last: usize) -> Result<Vec<String>, Error> {
+        let mut failed = Vec::new();
+        for index in (0..=last).rev() {
+            journal.undoing(index)?;
+            for (part, step) in undo[index].iter().enumerate() {
+                if let Err(error) = self.take(step, Mode::Undo) {
+                    failed.push(format!("{step}: {error}"));
+                }
+                if part == undo[index].len() / 2 && self.options.fault == Some(Fault::KillUndo(index)) {
+                    die();
+                }
+            }
+        }
+        Ok(failed)
+    }
+
+    fn repair(&mut self, path: &Path, found: Found, why: &str) -> Result<(), Error> {
+        let Found { journal, last } = found;
+        let mut open = Open::reopen(path)?;
+        let failed = match last {
+            Some(last) => self.take_back(&mut open, &journal.undo, last)?,
+            None => Vec::new(),
+        };
+        if !failed.is_empty() {
+            let kept = self.file("unrepaired.json");
+            open.keep_as(&kept)?;
+            return Err(Error::Repair { title: journal.title, undo: failed, kept });
+        }
+        open.close()?;
+        (self.options.say)(&format!("{:?} {why} (process {}): it has been taken back", journal.title, journal.pid));
+        Ok(())
+    }
+
+    fn take_with_faults(&mut self, index: usize, step: &Step) -> Result<(), StepFault> {
+        match self.options.fault {
+            Some(Fault::FailBefore(at)) if at == index => return Err(StepFault::Test),
+            Some(Fault::KillBefore(at)) if at == index => die(),
+            _ => (),
+        }
+        self.take(step, Mode::Do)?;
+        match self.options.fault {
+            Some(Fault::FailAfter(at)) if at == index => Err(StepFault::Test),
+            Some(Fault::KillAfter(at)) if at == index => die(),
+            _ => Ok(()),
+        }
+    }
+
+    fn take(&mut self, step: &Step, mode: Mode) -> Result<(), StepFault> {
+        match step {
+            Step::Table(table) => {
+                self.nft()?.apply(&[Change::Replace(table.clone())])?;
+                self.keep_table(table)
+            }
+            Step::DropTable(family, name) => {
+                self.nft()?.apply(&[Change::Delete(*family, name.clone())])?;
+                remove_optional(&self.table_file(*family, name))
+            }
+            Step::Record { name, content: Some(content) } => write_whole(&self.file(name), content),
+            Step::Record { name, content: None } => remove_optional(&self.file(name)),
+            _ => Ok(self.link.take(step, mode)?),
+        }
+    }
+
+    /// A copy of what is in a table, because only we know how to read it back: for undoing its replacement.
+    fn keep_table(&self, table: &Table) -> Result<(), StepFault> {
+        let path = self.table_file(table.family, &table.name);
+        let text = serde_json::to_string(table)
+            .map_err(|error| StepFault::File { path: path.clone(), source: error.into() })?;
+        write_whole(&path, &text)
+    }
+
+    fn table_file(&self, family: Family, name: &str) -> PathBuf {
+        table_file(&self.options.run, family, name)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.options.run.join(name)
+    }
+
+    fn nft(&mut self) -> Result<&mut Nft, StepFault> {
+        match &mut self.nft {
+            Some(nft) => Ok(nft),
+            none => Ok(none.insert(Nft::open()?)),
+        }
+    }
+}
+
+fn table_file(run: &Path, family: Family, name: &str) -> PathBuf {
+    run.join(format!("table-{}-{name}.json", family.name()))
+}
+
+fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Result<State, Error> {
+    let wrong = |error: StepFault| Error::Read(Box::new(error));
+    let mut state = link.read(what).map_err(|error| wrong(error.into()))?;
+    if let Some(nft) = nft.filter(|_| what.tables) {
+        let tables = nft.tables().map_err(|error| wrong(error.into()))?;
+        for (family, name) in tables.into_iter().filter(|(_, name)| name.starts_with("xen-")) {
+            let content = read_optional(&table_file(run, family, &name))?;
+            let content = content.and_then(|text| serde_json::from_str(&text).ok());
+            state.tables.push(OurTable { family, name, content });
+        }
+    }
+    for name in &what.records {
+        if let Some(content) = read_optional(&run.join(name))? {
+            state.records.insert(name.clone(), content);
+        }
+    }
+    Ok(state)
+}
+
+/// Reads the network's state without a [`Session`]: without waiting, without repairing, for those who only look.
+///
+/// # Errors
+///
+/// When the kernel or the run directory cannot be read.
+pub fn look(run: &Path, what: &What) -> Result<State, Error> {
+    let mut link = Link::open().map_err(|error| Error::Read(Box::new(error.into())))?;
+    let mut nft = match what.tables {
+        true => Some(Nft::open().map_err(|error| Error::Read(Box::new(error.into())))?),
+        false => None,
+    };
+    read(run, &mut link, nft.as_mut(), what)
+}
+
+/// What was interrupted and waits for the next session to take it back. A run at work looks the same.
+///
+/// # Errors
+///
+/// When the run directory cannot be read.
+pub fn interrupted(run: &Path) -> Result<Option<String>, Error> {
+    Ok(journal::find(&run.join(JOURNAL))?.map(|found| found.journal.title))
+}
+
+/// The names of records in a run directory that begin like this.
+///
+/// # Errors
+///
+/// When the run directory cannot be read.
+pub fn record_names(run: &Path, prefix: &str) -> Result<Vec<String>, Error> {
+    let error = |source| Error::File { path: run.to_owned(), source };
+    let entries = match fs::read_dir(run) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(error)?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(error)?.file_name().to_string_lossy().into_owned();
+        if name.starts_with(prefix) && name.ends_with(".json") {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// As a killed process ends: nothing is dropped, nothing is flushed.
+fn die() -> ! {
+    // If even that fails, aborting is the next best.
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    std::process::abort()
+}
+
+fn make_dir(dir: &Path) -> Result<(), Error> {
+    use std::os::unix::fs::DirBuilderExt as _;
+
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|source| Error::File { path: dir.to_owned(), source })
+}
+
+fn read_optional(path: &Path) -> Result<Option<String>, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::File { path: path.to_owned(), source }),
+    }
+}
+
+/// Writes a file so that it is there as a whole or as it was.
+fn write_whole(path: &Path, content: &str) -> Result<(), StepFault> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    let draft = PathBuf::from(name);
+    fs::write(&draft, content)
+        .and_then(|()| fs::rename(&draft, path))
+        .map_err(|source| StepFault::File { path: path.to_owned(), source })
+}
+
+fn remove_optional(path: &Path) -> Result<(), StepFault> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(StepFault::File { path: path.to_owned(), source: error })
+        }
+        _ => Ok(()),
+    }
+}

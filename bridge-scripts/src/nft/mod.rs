@@ -1,0 +1,459 @@
+//! nf_tables without the program nft: a model of tables in plain values, and a socket that makes the kernel have them.
+//!
+//! * [`Table`] and what it is made of are pure: they can be stored, compared, and printed in nft's own syntax. What is
+//!   printed is what `nft -f` reads, and what `nft list table` answers but for its choice of spellings.
+//! * [`Table::check`] says what is wrong with a table before the kernel is asked.
+//! * `encode` writes the messages of linux/netfilter/nf_tables.h. Like the program nft it puts the conditions in front
+//!   of a match that make it mean something: `ip saddr` looks at packets of IPv4 only.
+//! * [`Nft`] sends changes as one batch, which the kernel applies whole or not at all.
+
+mod check;
+mod encode;
+mod field;
+mod show;
+mod socket;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use serde::{Deserialize, Serialize};
+
+pub use check::Malformed;
+pub use field::{Base, Field};
+pub use socket::{Change, Error, Nft};
+
+/// What kind of packets a table sees, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// Everything one device receives, before bridge and IP.
+    Netdev,
+    /// What bridges forward.
+    Bridge,
+    /// IPv4 and IPv6.
+    Inet,
+    /// IPv4.
+    Ip,
+    /// IPv6.
+    Ip6,
+    /// ARP.
+    Arp,
+}
+
+impl Family {
+    /// nft's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Netdev => "netdev",
+            Self::Bridge => "bridge",
+            Self::Inet => "inet",
+            Self::Ip => "ip",
+            Self::Ip6 => "ip6",
+            Self::Arp => "arp",
+        }
+    }
+}
+
+/// A table: what is replaced or deleted as one thing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Table {
+    /// Which packets.
+    pub family: Family,
+    /// The name; ours begin with `xen-`.
+    pub name: String,
+    /// Its sets.
+    #[serde(default)]
+    pub sets: Vec<Set>,
+    /// Its chains.
+    #[serde(default)]
+    pub chains: Vec<Chain>,
+}
+
+/// Addresses that a rule can ask for by one name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Set {
+    /// The name.
+    pub name: String,
+    /// What is in it.
+    pub kind: SetKind,
+    /// The ranges, both ends included.
+    pub ranges: Vec<(IpAddr, IpAddr)>,
+}
+
+impl Set {
+    /// A set of networks of one kind, each with the length of its prefix in bits. Those of the other kind are left
+    /// out; those that overlap or touch become one range, because the kernel refuses overlaps.
+    pub fn of(name: &str, kind: SetKind, networks: impl IntoIterator<Item = (IpAddr, u8)>) -> Self {
+        let mut ranges: Vec<(u128, u128)> = networks
+            .into_iter()
+            .filter(|(address, _)| address.is_ipv4() == (kind == SetKind::Ipv4))
+            .map(|(address, prefix)| {
+                let host = u128::MAX >> (128 - u32::from(kind.bits())) >> u32::from(prefix).min(127);
+                // A shift by all 128 bits does not exist; a whole IPv6 address leaves no host part.
+                let host = if prefix >= kind.bits() { 0 } else { host };
+                let first = number(address) & !host;
+                (first, first | host)
+            })
+            .collect();
+        ranges.sort_unstable();
+        let mut merged: Vec<(u128, u128)> = Vec::with_capacity(ranges.len());
+        for (first, last) in ranges {
+            match merged.last_mut() {
+                Some(before) if first <= before.1.saturating_add(1) => before.1 = before.1.max(last),
+                _ => merged.push((first, last)),
+            }
+        }
+        let address = |number: u128| kind.address(number);
+        Self {
+            name: name.to_owned(),
+            kind,
+            ranges: merged.into_iter().map(|(first, last)| (address(first), address(last))).collect(),
+        }
+    }
+}
+
+/// What a set holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SetKind {
+    /// IPv4 addresses.
+    Ipv4,
+    /// IPv6 addresses.
+    Ipv6,
+}
+
+impl SetKind {
+    /// Bits in one element.
+    fn bits(self) -> u8 {
+        match self {
+            Self::Ipv4 => 32,
+            Self::Ipv6 => 128,
+        }
+    }
+
+    fn address(self, number: u128) -> IpAddr {
+        match self {
+            // All numbers of this kind come from 32 bits.
+            #[allow(clippy::cast_possible_truncation, reason = "came from 32 bits")]
+            Self::Ipv4 => Ipv4Addr::from_bits(number as u32).into(),
+            Self::Ipv6 => Ipv6Addr::from_bits(number).into(),
+        }
+    }
+}
+
+/// An address as a number, the first byte being the highest.
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
+
+/// Rules in order; with a hook the kernel begins there, without one only jumps lead here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Chain {
+    /// The name.
+    pub name: String,
+    /// Where packets come from; `None` for a chain that is jumped to.
+    #[serde(default)]
+    pub hook: Option<Hook>,
+    /// The rules, the first that gives a verdict deciding.
+    pub rules: Vec<Rule>,
+}
+
+/// Where the kernel begins a chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hook {
+    /// What the chain may do.
+    pub kind: HookKind,
+    /// At which place of a packet's way.
+    pub point: HookPoint,
+    /// The order among chains of one place; lower comes first.
+    pub priority: i32,
+    /// The device, for [`Family::Netdev`].
+    #[serde(default)]
+    pub device: Option<String>,
+    /// What becomes of packets no rule decided about.
+    pub policy: Policy,
+}
+
+/// What a chain may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HookKind {
+    /// Let through or drop.
+    Filter,
+    /// Change addresses; sees the first packet of each connection.
+    Nat,
+}
+
+/// A place of a packet's way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HookPoint {
+    /// Just received by the device.
+    Ingress,
+    /// Received, not yet routed.
+    Prerouting,
+    /// For this machine.
+    Input,
+    /// For another machine.
+    Forward,
+    /// From this machine.
+    Output,
+    /// About to leave.
+    Postrouting,
+}
+
+/// What becomes of packets no rule decided about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// They go on.
+    Accept,
+    /// They are dropped.
+    Drop,
+}
+
+/// If everything matches, do it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Rule {
+    /// All must hold.
+    #[serde(default)]
+    pub matches: Vec<Match>,
+    /// Whether the kernel counts the packets that came to the action.
+    #[serde(default)]
+    pub counter: bool,
+    /// What is done.
+    pub action: Action,
+    /// For people; at most 127 bytes.
+    #[serde(default)]
+    pub comment: Option<String>,
+}
+
+impl Rule {
+    /// A rule without counter and comment.
+    pub fn new(matches: impl Into<Vec<Match>>, action: Action) -> Self {
+        Self { matches: matches.into(), counter: false, action, comment: None }
+    }
+
+    /// The same, with a comment.
+    #[must_use]
+    pub fn comment(mut self, text: &str) -> Self {
+        self.comment = Some(text.to_owned());
+        self
+    }
+
+    /// The same, counted.
+    #[must_use]
+    pub fn counted(mut self) -> Self {
+        self.counter = true;
+        self
+    }
+}
+
+/// What a rule does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// The packet goes on; chains of other tables still see it.
+    Accept,
+    /// The packet is gone.
+    Drop,
+    /// Back to the chain that jumped here.
+    Return,
+    /// The next rule.
+    Continue,
+    /// Another chain, and back after its end.
+    Jump(String),
+    /// Another chain, and not back.
+    Goto(String),
+    /// The packet leaves with the outgoing device's address.
+    Masquerade,
+}
+
+/// A condition on a packet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Match {
+    /// A field compared with a value.
+    Is(Field, Op, Value),
+    /// Some bits of a field compared with a value.
+    Masked(Field, u64, Op, u64),
+    /// A field between two values, both included; or outside of them.
+    Range {
+        /// What is looked at.
+        field: Field,
+        /// Outside instead of between.
+        not: bool,
+        /// The lowest.
+        from: Value,
+        /// The highest.
+        to: Value,
+    },
+    /// An address in a network of so many bits, or not.
+    Network {
+        /// What is looked at.
+        field: Field,
+        /// Outside instead of inside.
+        not: bool,
+        /// The network's address; host bits are ignored.
+        network: IpAddr,
+        /// Bits of its prefix.
+        prefix: u8,
+    },
+    /// A field in a set of this table, or not.
+    Set {
+        /// What is looked at.
+        field: Field,
+        /// Not in it.
+        not: bool,
+        /// The set's name.
+        set: String,
+    },
+    /// Connections in one of these states.
+    Ct(Vec<CtState>),
+    /// So many packets a second, or what is more than that.
+    Limit {
+        /// Matches what is over the limit, not what is within.
+        over: bool,
+        /// Packets a second.
+        rate: u32,
+        /// Packets that may come at once.
+        burst: u32,
+    },
+}
+
+/// The state of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CtState {
+    /// Belongs to none and makes none.
+    Invalid,
+    /// Packets went both ways.
+    Established,
+    /// Made by another one, or an error about one.
+    Related,
+    /// The first packet.
+    New,
+}
+
+impl Match {
+    /// The field has this value.
+    pub fn is(field: Field, value: impl Into<Value>) -> Self {
+        Self::Is(field, Op::Eq, value.into())
+    }
+
+    /// The field has another value.
+    pub fn not(field: Field, value: impl Into<Value>) -> Self {
+        Self::Is(field, Op::Ne, value.into())
+    }
+
+    /// The field is in the set.
+    pub fn within(field: Field, set: &str) -> Self {
+        Self::Set { field, not: false, set: set.to_owned() }
+    }
+
+    /// The address is in the network.
+    pub fn network(field: Field, network: impl Into<IpAddr>, prefix: u8) -> Self {
+        Self::Network { field, not: false, network: network.into(), prefix }
+    }
+}
+
+/// A comparison; fields compare as numbers with the first byte highest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Op {
+    /// =
+    Eq,
+    /// ≠
+    Ne,
+    /// <
+    Lt,
+    /// ≤
+    Le,
+    /// >
+    Gt,
+    /// ≥
+    Ge,
+}
+
+/// What a field is compared with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Value {
+    /// A number of at most 8 bytes.
+    Number(u64),
+    /// An Ethernet address.
+    Mac([u8; 6]),
+    /// An IP address.
+    Ip(IpAddr),
+    /// A device's name.
+    Name(String),
+}
+
+impl From<u64> for Value {
+    fn from(number: u64) -> Self {
+        Self::Number(number)
+    }
+}
+
+impl From<[u8; 6]> for Value {
+    fn from(mac: [u8; 6]) -> Self {
+        Self::Mac(mac)
+    }
+}
+
+impl From<Ipv4Addr> for Value {
+    fn from(address: Ipv4Addr) -> Self {
+        Self::Ip(address.into())
+    }
+}
+
+impl From<Ipv6Addr> for Value {
+    fn from(address: Ipv6Addr) -> Self {
+        Self::Ip(address.into())
+    }
+}
+
+impl From<&str> for Value {
+    fn from(name: &str) -> Self {
+        Self::Name(name.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_become_ranges() {
+        let networks = |kind, list: &[(&str, u8)]| {
+            let networks = list.iter().map(|(text, prefix)| (text.parse().unwrap(), *prefix));
+            let set = Set::of("x", kind, networks);
+            set.ranges.iter().map(|(first, last)| format!("{first}-{last}")).collect::<Vec<_>>().join(" ")
+        };
+        let cases4: [(&[(&str, u8)], &str); 6] = [
+            (&[("10.0.0.1", 32)], "10.0.0.1-10.0.0.1"),
+            (&[("10.1.2.3", 8)], "10.0.0.0-10.255.255.255"),
+            (&[("0.0.0.0", 0)], "0.0.0.0-255.255.255.255"),
+            (&[("10.0.0.2", 32), ("10.0.0.1", 32), ("10.0.0.1", 32)], "10.0.0.1-10.0.0.2"),
+            (&[("10.0.0.0", 24), ("10.0.0.7", 32), ("fe80::1", 64)], "10.0.0.0-10.0.0.255"),
+            (&[("255.255.255.255", 32), ("10.0.0.1", 31)], "10.0.0.0-10.0.0.1 255.255.255.255-255.255.255.255"),
+        ];
+        for (list, expected) in cases4 {
+            assert_eq!(networks(SetKind::Ipv4, list), expected, "{list:?}");
+        }
+        let cases6: [(&[(&str, u8)], &str); 4] = [
+            (&[("2001:db8::5", 128)], "2001:db8::5-2001:db8::5"),
+            (&[("2001:db8::5", 64)], "2001:db8::-2001:db8::ffff:ffff:ffff:ffff"),
+            (&[("::", 0)], "::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"),
+            (
+                &[("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 128), ("10.0.0.1", 32)],
+                "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+            ),
+        ];
+        for (list, expected) in cases6 {
+            assert_eq!(networks(SetKind::Ipv6, list), expected, "{list:?}");
+        }
+    }
+}
