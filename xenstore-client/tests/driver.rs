@@ -121,6 +121,20 @@ impl Device for FakeDevice {
         self.fake.say(&format!("{key}={value:?}"));
     }
 
+    fn watched_backend_keys(&self) -> &[&str] {
+        &["rate"]
+    }
+
+    fn backend_changed(&mut self, key: &str, value: Option<&str>) {
+        self.fake.say(&format!("{key}:{value:?}"));
+    }
+
+    fn reconfigure(&mut self, frontend: &Keys) -> std::result::Result<(), Fault> {
+        assert!(self.mapped);
+        self.fake.say(&format!("reconfigure:{}", frontend.require_u32("ring-ref")?));
+        Ok(())
+    }
+
     fn disconnect(&mut self) {
         assert!(self.mapped);
         self.mapped = false;
@@ -307,6 +321,42 @@ fn guests_come_back() -> Result<()> {
     destroy_domain(&bench.dom0, GUEST, &[DomId::DOM0])?;
     bench.server.release(GUEST)?;
     bench.fake.until("request=Some(\"1\") disconnect release");
+    bench.finish()
+}
+
+#[test]
+fn the_toolstack_changes_its_mind() -> Result<()> {
+    let mut bench = Bench::new()?;
+    bench.attach()?;
+    let rate = format!("{}/rate", VBD.backend_path());
+    bench.dom0.write(&rate, "1000,1000")?;
+    bench.fake.until("rate:Some(\"1000,1000\")");
+    // Keys that the device does not watch are not its business.
+    bench.dom0.write(&format!("{}/bridge", VBD.backend_path()), "br0")?;
+    bench.dom0.rm(&rate)?;
+    bench.fake.until("rate:Some(\"1000,1000\") rate:None");
+    bench.finish()
+}
+
+#[test]
+fn a_frontend_reconfigures() -> Result<()> {
+    let mut bench = Bench::new()?;
+    bench.attach()?;
+    for _ in 0..2 {
+        bench.front("7");
+        bench.back(State::Reconfigured);
+        bench.front("4");
+        bench.back(State::Connected);
+    }
+    bench.fake.until("reconfigure:8 reconfigure:8");
+    // What cannot be closes the device.
+    bench.guest.write("device/vbd/51712/ring-ref", "none")?;
+    bench.front("7");
+    bench.back(State::Closing);
+    assert!(bench.error().is_some_and(|error| error.contains("ring-ref")));
+    bench.front("6");
+    bench.back(State::Closed);
+    bench.fake.until("reconfigure:8 reconfigure:8 disconnect");
     bench.finish()
 }
 

@@ -1,5 +1,6 @@
 //! A part of a word: a parameter, its name, its value.
 
+use super::SpecError;
 use super::word::{BLANK, Fault, Word};
 use std::ops::Range;
 
@@ -40,6 +41,25 @@ impl<'a> Param<'a> {
     /// A fault about all of it.
     pub fn fault(self, message: impl Into<String>, help: impl Into<String>) -> Fault {
         Fault::new(self.span(), message, help)
+    }
+
+    /// A fault about the character at `at`, or about its absence at the end.
+    ///
+    /// # Panics
+    /// If no character begins there.
+    pub fn unexpected(self, at: usize, help: impl Into<String>) -> Fault {
+        match self.text[at..].chars().next() {
+            Some(c) => self.part(at..at + c.len_utf8()).fault(format!("unexpected {c:?}"), help),
+            None => self.part(at..at).fault("something is missing here", help),
+        }
+    }
+
+    /// What somebody else's reader of such a value says about this one, with its fault in our place.
+    ///
+    /// # Errors
+    /// The reader's.
+    pub fn read<T>(self, reader: impl FnOnce(&str) -> Result<T, SpecError>) -> Result<T, Fault> {
+        reader(self.text).map_err(|error| self.part(error.span()).fault(error.message, error.help))
     }
 
     /// The text, unless it is empty.

@@ -1,9 +1,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::*;
-use State::{
-    Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfigured, Reconfiguring, Unknown,
-};
+use State::{Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfigured, Reconfiguring, Unknown};
 
 fn fault() -> Fault {
     Fault::guest(EPROTO, "test")

@@ -309,6 +309,10 @@ impl<D: Device> Slot<D> {
             }
             Action::Forget => {
                 self.forgotten = true;
+                // Domain numbers only grow: what was said of devices that are gone would pile up.
+                if ctx.client.read_opt(&format!("{}/state", self.id.backend_path))?.is_none() {
+                    self.clear_faults(ctx)?;
+                }
                 if self.frontend.is_ok() {
                     ctx.watcher.remove(&self.state_path(), &format!("state {}", self.serial))?;
                 }
@@ -448,6 +452,23 @@ impl<D: Device> Slot<D> {
                 vec![Input::Toolstack { online, closing: true }]
             }
         })
+    }
+
+    /// Removes the error node, and the folders above it that it leaves empty.
+    fn clear_faults<K: Kind<Device = D>>(&self, ctx: &mut Context<'_, K>) -> Result<()> {
+        let DeviceId { kind, frontend_id, devid, .. } = &self.id;
+        let top = format!("{}/error", ctx.home);
+        let mut path = format!("{top}/backend/{kind}/{frontend_id}/{devid}");
+        ctx.client.transaction(|tx| tx.rm_if_exists(&path))?;
+        while let Some((folder, _)) = path.rsplit_once('/') {
+            path.truncate(folder.len());
+            let empty = ctx.client.directory_opt(&path)?.is_some_and(|children| children.is_empty());
+            if path.len() <= top.len() || !empty {
+                break;
+            }
+            ctx.client.rm_if_exists(&path)?;
+        }
+        Ok(())
     }
 
     /// Log, the node that `xl` users know from the kernel's backends, and `error` in our own directory.

@@ -1,0 +1,77 @@
+//! What `netback serve` needs of the machine, looked at before it begins.
+
+use std::io;
+use std::path::Path;
+
+use rustix::thread::CapabilitySet;
+
+/// Makes interfaces (`drivers/net/tun.c`).
+const TUN: &str = "/dev/net/tun";
+/// There while the kernel's own backend is loaded (`drivers/net/xen-netback/xenbus.c` registers it).
+const KERNEL_BACKEND: &str = "/sys/bus/xen-backend/drivers/vif";
+
+/// What was found.
+#[derive(Debug)]
+struct Facts {
+    /// May this process configure this namespace's network?
+    net_admin: bool,
+    /// Opening /dev/net/tun.
+    tun: io::Result<()>,
+    /// Does the kernel's backend take the interfaces?
+    kernel_backend: bool,
+}
+
+/// Whether interfaces can be served here; `on_xen` is false for an emulated machine, whose interfaces no kernel takes.
+///
+/// # Errors
+/// A sentence that says what to do.
+pub fn check(on_xen: bool) -> Result<(), String> {
+    let capabilities = rustix::thread::capabilities(None).map_err(|error| format!("reading capabilities: {error}"))?;
+    judge(&Facts {
+        net_admin: capabilities.effective.contains(CapabilitySet::NET_ADMIN),
+        tun: std::fs::File::options().read(true).write(true).open(TUN).map(drop),
+        kernel_backend: on_xen && Path::new(KERNEL_BACKEND).exists(),
+    })
+}
+
+fn judge(facts: &Facts) -> Result<(), String> {
+    if facts.kernel_backend {
+        return Err("the kernel's own backend, xen-netback, is loaded and takes every interface: unload it (modprobe -r \
+                    xen-netback), and keep it away with the line `blacklist xen-netback` in /etc/modprobe.d/netback.conf"
+            .to_owned());
+    }
+    if !facts.net_admin {
+        return Err("network interfaces are made by root only (CAP_NET_ADMIN): run this as root, or, to try it on an \
+                    emulated machine, in namespaces of its own (unshare --map-root-user --net)"
+            .to_owned());
+    }
+    match &facts.tun {
+        Ok(()) => Ok(()),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) => {
+            Err(format!("{TUN}, with which interfaces are made, is missing ({error}): load its module (modprobe tun)"))
+        }
+        Err(error) => Err(format!("{TUN}, with which interfaces are made, cannot be opened ({error}): check its mode")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_said_with_what_to_do() {
+        let good = || Facts { net_admin: true, tun: Ok(()), kernel_backend: false };
+        let no = |errno| Err(io::Error::from_raw_os_error(errno));
+        assert_eq!(judge(&good()), Ok(()));
+        for (facts, words) in [
+            (Facts { kernel_backend: true, ..good() }, "modprobe -r xen-netback"),
+            (Facts { net_admin: false, ..good() }, "as root"),
+            (Facts { tun: no(libc::ENOENT), ..good() }, "modprobe tun"),
+            (Facts { tun: no(libc::ENODEV), ..good() }, "modprobe tun"),
+            (Facts { tun: no(libc::EACCES), ..good() }, "mode"),
+        ] {
+            let said = judge(&facts).unwrap_err();
+            assert!(said.contains(words), "{facts:?}: {said}");
+        }
+    }
+}

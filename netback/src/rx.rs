@@ -1,0 +1,560 @@
+//! From the tap to the guest.
+//!
+//! The way of a frame, in [`Rx::turn`]: one `readv` brings it, with its vnet header before it, into memory of ours; it
+//! is looked at, and whatever the guest cannot take is done for it; it is given the pages that the guest has posted;
+//! the copies of all frames of the turn are one batch, and so are the responses.
+//!
+//! The tap's own queue is the only queue: nothing is read while a frame waits for pages, so a guest that posts too few
+//! (XSA-392) holds up one frame here, and the kernel drops the others when the tap's queue is full. After
+//! [`DRAIN`] the frame is dropped, and as long as there still are no pages every frame that comes. A guest
+//! that posts nothing for [`STALL`] loses its carrier until it does; one that does not say `feature-rx-notify` never
+//! tells when it has posted, so it is looked at every [`DRAIN_UNTOLD`] and keeps its carrier.
+
+use std::collections::VecDeque;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use hypervisor::memory::{IoList, Mapping};
+use hypervisor::{Backend, CopyDirection, CopyOp, DomId, GrantStatus, PAGE_SIZE};
+use ring::BackRing;
+
+use crate::abi::{Extra, GsoType, RX_SLOT, RxRequest, RxResponse, rx_flag, status};
+use crate::broken::Broken;
+use crate::counters::Counters;
+use crate::hash::{HashReader, HashState, PacketHash};
+use crate::multicast::{Multicast, MulticastReader};
+use crate::negotiate::{Gso, Receives};
+use crate::packet::{self, ETHERNET, HEADERS_MAX, Network};
+use crate::segment::Segments;
+use crate::tap::Tap;
+use crate::vnet::{Offload, Partial};
+
+/// Frames of one turn.
+const BATCH: usize = 64;
+/// Bytes for one frame with its header: the largest that a tap delivers, 64 KiB and an Ethernet header with tags.
+const ROOM: usize = 68 * 1024;
+/// Bytes that frames are read to in one turn.
+const ARENA: usize = 8 * ROOM;
+/// How long a frame waits for pages (Linux: rx_drain_timeout_msecs).
+pub const DRAIN: Duration = Duration::from_secs(10);
+/// The same for a guest that does not tell when it has posted some.
+pub const DRAIN_UNTOLD: Duration = Duration::from_millis(30);
+/// After how long without any pages a guest has stalled (Linux: rx_stall_timeout_msecs).
+pub const STALL: Duration = Duration::from_secs(60);
+/// How often the ring of a guest that does not tell is looked at while a frame waits.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A frame of ours, ready for the guest.
+#[derive(Debug, Clone, Copy)]
+struct Frame {
+    /// Where it is in the arena, without its vnet header.
+    at: usize,
+    len: usize,
+    /// Of its first slot.
+    flags: u16,
+    gso: Option<(GsoType, u16)>,
+    /// How the guest is told of the GSO.
+    how: Gso,
+    hash: Option<PacketHash>,
+    headroom: u16,
+    /// When it was read.
+    since: Instant,
+}
+
+impl Frame {
+    fn room(&self) -> usize {
+        PAGE_SIZE - usize::from(self.headroom)
+    }
+
+    fn data_slots(&self) -> usize {
+        self.len.div_ceil(self.room())
+    }
+
+    /// Slots before or after the first that carry no data.
+    fn other_slots(&self) -> usize {
+        usize::from(self.gso.is_some()) + usize::from(self.hash.is_some()) + usize::from(self.headroom > 0)
+    }
+
+    fn slots(&self) -> usize {
+        self.data_slots() + self.other_slots()
+    }
+}
+
+/// What goes into a slot of the ring.
+#[derive(Debug, Clone, Copy)]
+enum Answer {
+    /// Data; the copy is the one of this number.
+    Data(RxResponse, usize),
+    /// An extra.
+    Extra([u8; Extra::SIZE]),
+    /// What comes before a frame that is to be cut.
+    Prefix(RxResponse),
+}
+
+/// Whether the guest has pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// Since the last look it has got some, after it had stalled.
+    Ready,
+    /// It has had none for too long.
+    Stalled,
+}
+
+/// The receive ring and what its frames go through.
+#[derive(Debug)]
+pub struct Rx {
+    ring: BackRing<Mapping>,
+    xen: Arc<dyn Backend>,
+    peer: DomId,
+    receives: Receives,
+    headroom: Arc<AtomicU16>,
+    hash: HashReader,
+    multicast: MulticastReader,
+    counters: Arc<Counters>,
+    arena: Rc<Mapping>,
+    /// Requests that the guest has posted and that were not used yet. They are taken out of the ring at once: only then
+    /// can we ask to be notified of the next one.
+    posted: VecDeque<RxRequest>,
+    /// A frame that waits for pages.
+    waiting: Option<Frame>,
+    /// Frames that come are dropped until there are pages.
+    dry: bool,
+    /// Segments that are still to be made of a frame that the guest cannot cut.
+    segments: Option<Segments>,
+    stalled: bool,
+    /// Pages have come since the guest stalled, though they may be used up already.
+    came: bool,
+    /// When a frame was last delivered, or the guest last became ready.
+    last: Instant,
+    ops: Vec<CopyOp>,
+    answers: Vec<Answer>,
+    memory: IoList,
+}
+
+/// What an [`Rx`] is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The mapped ring.
+    pub ring: BackRing<Mapping>,
+    /// The hypervisor.
+    pub xen: Arc<dyn Backend>,
+    /// The guest.
+    pub peer: DomId,
+    /// What it can take.
+    pub receives: Receives,
+    /// Bytes it wants before each frame; it may change its mind.
+    pub headroom: Arc<AtomicU16>,
+    /// How it wants frames to be hashed.
+    pub hash: Arc<HashState>,
+    /// The groups it joined.
+    pub multicast: Arc<Multicast>,
+    /// Read by others.
+    pub counters: Arc<Counters>,
+}
+
+impl Rx {
+    /// Puts it together.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn new(parts: Parts) -> io::Result<Self> {
+        let Parts { ring, xen, peer, receives, headroom, hash, multicast, counters } = parts;
+        let slots = ring.layout().entries() as usize;
+        Ok(Self {
+            ring,
+            xen,
+            peer,
+            receives,
+            headroom,
+            hash: HashReader::new(hash),
+            multicast: MulticastReader::new(multicast),
+            counters,
+            arena: Rc::new(Mapping::anonymous(ARENA)?),
+            posted: VecDeque::with_capacity(slots),
+            waiting: None,
+            dry: false,
+            segments: None,
+            // Until it has posted its first page it has no carrier.
+            stalled: receives.notifies,
+            came: false,
+            last: Instant::now(),
+            ops: Vec::with_capacity(slots),
+            answers: Vec::with_capacity(slots),
+            memory: IoList::with_capacity(1),
+        })
+    }
+
+    /// Whether a frame could be read from the tap now.
+    pub fn wants_frames(&self) -> bool {
+        self.waiting.is_none() && (!self.posted.is_empty() || self.dry || !self.stalled)
+    }
+
+    /// Whether pages have come that something waits for.
+    ///
+    /// # Errors
+    /// When the guest broke the ring.
+    #[inline]
+    pub fn has_pages(&mut self) -> Result<bool, Broken> {
+        Ok(self.waits_for_pages() && self.ring.pending().map_err(ring_broken)? > 0)
+    }
+
+    fn waits_for_pages(&self) -> bool {
+        self.waiting.is_some() || self.stalled || self.dry
+    }
+
+    /// Asks the guest to notify us of its next page, if anything waits for it. True when there is one already.
+    ///
+    /// # Errors
+    /// When the guest broke the ring.
+    pub fn rearm(&mut self) -> Result<bool, Broken> {
+        if !self.waits_for_pages() {
+            return Ok(false);
+        }
+        Ok(self.ring.rearm().map_err(ring_broken)? > 0)
+    }
+
+    /// When something has to be done even if nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        let frame = self.waiting.map(|frame| {
+            // Nobody tells us of new pages then.
+            if self.receives.notifies { frame.since + DRAIN } else { Instant::now() + LOOK }
+        });
+        let stall = (self.receives.notifies && !self.stalled && self.posted.is_empty()).then(|| self.last + STALL);
+        match (frame, stall) {
+            (Some(frame), Some(stall)) => Some(frame.min(stall)),
+            (frame, stall) => frame.or(stall),
+        }
+    }
+
+    /// Whether the guest has stalled, or is ready again, since the last call. Both count for the carrier.
+    pub fn pages(&mut self, now: Instant) -> Option<Pages> {
+        if self.stalled && self.came {
+            (self.stalled, self.last) = (false, now);
+            return Some(Pages::Ready);
+        }
+        if self.receives.notifies && !self.stalled && self.posted.is_empty() && now >= self.last + STALL {
+            (self.stalled, self.came) = (true, false);
+            return Some(Pages::Stalled);
+        }
+        None
+    }
+
+    /// Takes the requests that the guest has posted.
+    fn refill(&mut self) -> Result<(), Broken> {
+        if self.ring.pending().map_err(ring_broken)? == 0 {
+            return Ok(());
+        }
+        let mut slot = [0; RX_SLOT];
+        while self.ring.consume(&mut slot) {
+            self.posted.push_back(RxRequest::decode(&slot));
+        }
+        (self.dry, self.came) = (false, true);
+        Ok(())
+    }
+
+    /// Brings as many frames as there are, and pages for. Returns how much was done, 0 for nothing, and whether the guest
+    /// wants to be notified of responses.
+    ///
+    /// # Errors
+    /// When the queue must stop.
+    pub fn turn(&mut self, tap: &Tap, now: Instant) -> Result<(u32, bool), Broken> {
+        self.refill()?;
+        let mut moved = 0;
+        // A frame that waits stays where it is; others are read behind it.
+        let mut used = self.waiting.map_or(0, |frame| frame.at + frame.len);
+        for _ in 0..BATCH {
+            let Some(frame) = self.next_frame(tap, &mut used, &mut moved, now)? else { break };
+            if frame.slots() <= self.posted.len() {
+                self.place(&frame);
+                self.last = now;
+                moved += 1;
+            } else if self.dry || now.saturating_duration_since(frame.since) >= self.drain() {
+                self.dry = true;
+                self.segments = None;
+                self.counters.rx_dropped.add(1);
+            } else {
+                self.waiting = Some(frame);
+                break;
+            }
+        }
+        self.deliver()?;
+        Ok((moved, self.ring.publish()))
+    }
+
+    fn drain(&self) -> Duration {
+        if self.receives.notifies { DRAIN } else { DRAIN_UNTOLD }
+    }
+
+    /// The frame that waits, or else the next segment of one that is being cut, or else a new one.
+    fn next_frame(
+        &mut self,
+        tap: &Tap,
+        used: &mut usize,
+        moved: &mut u32,
+        now: Instant,
+    ) -> Result<Option<Frame>, Broken> {
+        if let Some(frame) = self.waiting.take() {
+            return Ok(Some(frame));
+        }
+        // Frames that are not delivered are no reason to stop, but must not keep us for ever.
+        for _ in 0..BATCH {
+            if ARENA - *used < ROOM {
+                return Ok(None);
+            }
+            if let Some(frame) = self.next_segment(*used, now) {
+                *used = (frame.at + frame.len).next_multiple_of(64);
+                return Ok(Some(frame));
+            }
+            if !self.wants_frames() {
+                return Ok(None);
+            }
+            self.memory.clear();
+            self.memory.push(&self.arena, *used, ROOM);
+            let len = match tap.read(&self.memory) {
+                Ok(len) => len,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => return Ok(None),
+                Err(source) => return Err(Broken::Host { what: "reading from the tap", source }),
+            };
+            if len == 0 {
+                let source = io::ErrorKind::UnexpectedEof.into();
+                return Err(Broken::Host { what: "the tap was closed", source });
+            }
+            *moved += 1;
+            if let Some(frame) = self.examine(*used, len, now) {
+                *used = (frame.at + frame.len).next_multiple_of(64);
+                return Ok(Some(frame));
+            }
+        }
+        Ok(None)
+    }
+
+    fn next_segment(&mut self, at: usize, now: Instant) -> Option<Frame> {
+        let segments = self.segments.as_mut()?;
+        let Some(len) = segments.next(&self.arena, at) else {
+            self.segments = None;
+            return None;
+        };
+        let headroom = self.headroom.load(Ordering::Relaxed);
+        let frame = Frame {
+            at,
+            len,
+            flags: rx_flag::DATA_VALIDATED,
+            gso: None,
+            how: Gso::No,
+            hash: segments.hash(),
+            headroom,
+            since: now,
+        };
+        if !self.receives.sg && frame.data_slots() > 1 {
+            self.segments = None;
+            self.counters.rx_dropped.add(1);
+            return None;
+        }
+        Some(frame)
+    }
+
+    /// Looks at what was read to `at`; none where it is not for the guest.
+    fn examine(&mut self, at: usize, read: usize, now: Instant) -> Option<Frame> {
+        let len = read.saturating_sub(Offload::SIZE);
+        if len < ETHERNET || read >= ROOM {
+            self.counters.rx_dropped.add(1);
+            return None;
+        }
+        let at = at + Offload::SIZE;
+        let mut beginning = [0; Offload::SIZE + HEADERS_MAX];
+        let hashing = self.hash.settings().types() != 0;
+        let mut offload = [0; Offload::SIZE];
+        self.arena.copy_out(at - Offload::SIZE, &mut offload);
+        let offload = Offload::decode(&offload);
+        let look = match &offload {
+            Ok(offload) if hashing || offload.partial.is_some() || offload.gso.is_some() => HEADERS_MAX,
+            _ => ETHERNET,
+        };
+        let headers = &mut beginning[..look.min(len)];
+        self.arena.copy_out(at, headers);
+        let destination = [headers[0], headers[1], headers[2], headers[3], headers[4], headers[5]];
+        if !self.multicast.wanted(destination) {
+            self.counters.rx_filtered.add(1);
+            return None;
+        }
+        let Ok(offload) = offload else {
+            self.counters.rx_dropped.add(1);
+            return None;
+        };
+        let hash = if hashing { packet::flow(headers).and_then(|flow| self.hash.settings().hash(&flow)) } else { None };
+        let mut frame = Frame {
+            at,
+            len,
+            flags: if offload.validated { rx_flag::DATA_VALIDATED } else { 0 },
+            gso: None,
+            how: Gso::No,
+            hash,
+            headroom: self.headroom.load(Ordering::Relaxed),
+            since: now,
+        };
+        if let Some(partial) = offload.partial {
+            self.settle(&mut frame, &offload, partial, headers)?;
+        } else if offload.gso.is_some() {
+            // The kernel never cuts without having to sum.
+            self.counters.rx_dropped.add(1);
+            return None;
+        }
+        if frame.data_slots() > 1 && !self.receives.sg {
+            self.counters.rx_dropped.add(1);
+            return None;
+        }
+        Some(frame)
+    }
+
+    /// Passes a partial checksum, and a frame that is to be cut, on to the guest; or does for it what it cannot.
+    fn settle(&mut self, frame: &mut Frame, offload: &Offload, partial: Partial, headers: &[u8]) -> Option<()> {
+        let layers = packet::parse(headers).ok().filter(|layers| {
+            // What a guest's driver finds by itself; it is not told where the checksum is. Tags it does not look through.
+            !layers.tagged
+                && layers.transport_at == usize::from(partial.start)
+                && layers.checksum_offset() == usize::from(partial.offset)
+        });
+        let (sums, how) = match layers.map(|layers| layers.network) {
+            Some(Network::V4) => (self.receives.checksum4, self.receives.gso4),
+            Some(Network::V6) => (self.receives.checksum6, self.receives.gso6),
+            None => (false, Gso::No),
+        };
+        match offload.gso {
+            None if sums => frame.flags |= rx_flag::CSUM_BLANK | rx_flag::DATA_VALIDATED,
+            None => {
+                if !finish_checksum(&self.arena, frame.at, frame.len, partial) {
+                    self.counters.rx_dropped.add(1);
+                    return None;
+                }
+                self.counters.rx_checksums.add(1);
+                frame.flags |= rx_flag::DATA_VALIDATED;
+            }
+            Some(gso) if sums && how != Gso::No && self.receives.sg && gso.1 > 0 => {
+                frame.flags |= rx_flag::CSUM_BLANK | rx_flag::DATA_VALIDATED;
+                (frame.gso, frame.how) = (Some(gso), how);
+            }
+            Some((_, size)) => {
+                // Read before the guest's features were set, or tagged: no driver of a guest's cuts what is tagged.
+                self.segments = Segments::begin(&self.arena, frame.at, frame.len, size, frame.hash);
+                match self.segments {
+                    Some(_) => self.counters.rx_segmented.add(1),
+                    None => self.counters.rx_dropped.add(1),
+                }
+                return None;
+            }
+        }
+        Some(())
+    }
+
+    /// Gives a frame its pages.
+    fn place(&mut self, frame: &Frame) {
+        let mut extras = [None; 3];
+        let mut rest = frame.len;
+        let prefix = frame.gso.filter(|_| frame.how == Gso::Prefix);
+        if let Some((_, size)) = prefix {
+            let id = self.take_request().id;
+            let slots = (frame.data_slots() + frame.other_slots() - 1) as i16;
+            let flags = rx_flag::GSO_PREFIX | rx_flag::MORE_DATA;
+            self.answers.push(Answer::Prefix(RxResponse { id, offset: size, flags, status: slots }));
+        } else if let Some((kind, size)) = frame.gso {
+            extras[0] = Some(Extra::Gso { size, kind });
+        }
+        extras[1] = frame.hash.map(|hash| Extra::Hash {
+            kind: hash.kind,
+            algorithm: crate::hash::Algorithm::Toeplitz.number(),
+            value: hash.value,
+        });
+        extras[2] = (frame.headroom > 0).then_some(Extra::Xdp { headroom: frame.headroom });
+        let mut left = extras.iter().flatten().count();
+        let mut flags = frame.flags | if left > 0 { rx_flag::EXTRA_INFO } else { 0 };
+        loop {
+            let request = self.take_request();
+            let len = rest.min(frame.room());
+            let op = CopyOp {
+                gref: request.gref,
+                offset: frame.headroom,
+                len: len as u16,
+                direction: CopyDirection::ToGuest,
+                local: frame.at + frame.len - rest,
+                status: GrantStatus::GeneralError,
+            };
+            rest -= len;
+            flags |= if rest > 0 { rx_flag::MORE_DATA } else { 0 };
+            // Linux counts the headroom into the first page's bytes and says offset 0, and its netfront then sees as
+            // many bytes too many; netif.h says where the data begin and how many there are.
+            let response = RxResponse { id: request.id, offset: frame.headroom, flags, status: len as i16 };
+            self.answers.push(Answer::Data(response, self.ops.len()));
+            self.ops.push(op);
+            for extra in extras.iter_mut().filter_map(Option::take) {
+                left -= 1;
+                self.take_request();
+                self.answers.push(Answer::Extra(extra.encode(left > 0)));
+            }
+            flags = 0;
+            if rest == 0 {
+                break;
+            }
+        }
+        self.counters.rx_packets.add(1);
+        self.counters.rx_bytes.add(frame.len as u64);
+    }
+
+    fn take_request(&mut self) -> RxRequest {
+        // The caller has counted them: a frame is placed only where it fits.
+        self.posted.pop_front().unwrap_or(RxRequest { id: 0, gref: hypervisor::GrantRef(0) })
+    }
+
+    /// Copies what was placed, and responds.
+    fn deliver(&mut self) -> Result<(), Broken> {
+        if self.answers.is_empty() {
+            return Ok(());
+        }
+        self.xen.copy(self.peer, &self.arena, &mut self.ops).map_err(Broken::Copy)?;
+        for answer in self.answers.drain(..) {
+            match answer {
+                Answer::Data(mut response, op) => {
+                    if self.ops[op].status != GrantStatus::Okay {
+                        response.status = status::ERROR;
+                        self.counters.rx_errors.add(1);
+                    }
+                    self.ring.respond(&response.encode());
+                }
+                Answer::Prefix(response) => self.ring.respond(&response.encode()),
+                Answer::Extra(extra) => self.ring.respond(&extra),
+            }
+        }
+        self.ops.clear();
+        Ok(())
+    }
+}
+
+/// Adds up the rest of a partial checksum and puts it in its place; false where it has none.
+fn finish_checksum(arena: &Mapping, at: usize, len: usize, partial: Partial) -> bool {
+    let (start, place) = (usize::from(partial.start), usize::from(partial.start) + usize::from(partial.offset));
+    if place + 2 > len {
+        return false;
+    }
+    let mut sum = packet::Sum::default();
+    let mut buffer = [0; 2048];
+    let mut here = start;
+    while here < len {
+        let piece = &mut buffer[..(len - here).min(2048)];
+        arena.copy_out(at + here, piece);
+        sum.add(piece);
+        here += piece.len();
+    }
+    // Where UDP has no checksum there is a zero; a sum of zero is written as its other form.
+    let checksum = match sum.checksum() {
+        0 => 0xffff,
+        checksum => checksum,
+    };
+    arena.copy_in(at + place, &checksum.to_be_bytes());
+    true
+}
+
+fn ring_broken(source: ring::Overflow) -> Broken {
+    Broken::Ring { ring: "receive", source }
+}
