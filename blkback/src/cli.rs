@@ -13,6 +13,7 @@ use xenstore_client::xenbus::Driver;
 use xenstore_client::xenbus::toolstack::find_domain;
 
 use crate::device::{Config, KINDS, VbdKind};
+use crate::drive;
 use crate::hotplug;
 use crate::negotiate::Limits;
 use crate::spec;
@@ -64,6 +65,29 @@ enum Command {
         /// What happened
         event: hotplug::Event,
     },
+    /// Have the backend look whether a disk has grown, and tell the guest
+    Resize {
+        /// The domain, by number or name
+        domain: String,
+        /// The disk, as the domain knows it: xvda, hdc, 51712
+        vdev: String,
+    },
+    /// Put a disk into a domain's drive, in place of the one in it
+    Insert {
+        /// The domain, by number or name
+        domain: String,
+        /// The drive, as the domain knows it: xvdd, hdc
+        vdev: String,
+        /// The image
+        image: String,
+    },
+    /// Take the disk out of a domain's drive
+    Eject {
+        /// The domain, by number or name
+        domain: String,
+        /// The drive, as the domain knows it: xvdd, hdc
+        vdev: String,
+    },
     /// Show the disks of domains
     List {
         /// The domains, by number or name
@@ -89,6 +113,12 @@ struct Serve {
     /// Copy always instead of keeping the guest's pages mapped
     #[arg(long)]
     no_persistent: bool,
+    /// Do not offer barriers (guests that know flushes use those anyway)
+    #[arg(long)]
+    no_barrier: bool,
+    /// Offer discards on no disk
+    #[arg(long)]
+    no_discard: bool,
 }
 
 /// Under these names the program is Xen's hotplug script for disks: /etc/xen/scripts/block is a link to it, and
@@ -142,6 +172,27 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             println!("{} of domain {frontend} is detached", vdev.name());
             Ok(())
         }
+        Command::Resize { domain, vdev } => {
+            let (vdev, xen) = (Vdev::parse(&vdev)?, join()?);
+            let store = xen.store()?;
+            let frontend = find_domain(&store, &domain)?;
+            let (before, after) = drive::resize(&store, xen.domid(), frontend, vdev)?;
+            match after == before {
+                true => println!("{} of domain {frontend} has {before} sectors, as before", vdev.name()),
+                false => println!("{} of domain {frontend} has grown from {before} to {after} sectors", vdev.name()),
+            }
+            Ok(())
+        }
+        Command::Insert { domain, vdev, image } => {
+            change(&*join()?, &domain, &vdev, Some(&image))?;
+            println!("{image} is in {vdev} of domain {domain}");
+            Ok(())
+        }
+        Command::Eject { domain, vdev } => {
+            change(&*join()?, &domain, &vdev, None)?;
+            println!("{vdev} of domain {domain} is empty");
+            Ok(())
+        }
         Command::Hotplug { event } => {
             let path = std::env::var("XENBUS_PATH").map_err(|_| "XENBUS_PATH is not set: this is for libxl to run")?;
             Ok(hotplug::run(&cli.machine.machine()?.store()?, &path, event)?)
@@ -156,11 +207,20 @@ fn execute(cli: Cli) -> Result<(), Failure> {
     }
 }
 
+fn change(xen: &dyn Backend, domain: &str, vdev: &str, image: Option<&str>) -> Result<(), Failure> {
+    let vdev = Vdev::parse(vdev)?;
+    let store = xen.store()?;
+    let frontend = find_domain(&store, domain)?;
+    Ok(drive::change(&store, xen.domid(), frontend, vdev, image)?)
+}
+
 fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: StopSignals) -> Result<(), Failure> {
     let mut limits = Limits {
         ring_page_order: serve.ring_order,
         indirect_segments: serve.indirect,
         persistent: !serve.no_persistent,
+        barrier: !serve.no_barrier,
+        discard: !serve.no_discard,
         ..Limits::default()
     };
     limits.queues = serve.queues.unwrap_or(limits.queues);

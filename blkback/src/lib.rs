@@ -16,6 +16,7 @@ pub mod bounce;
 pub mod cli;
 pub mod counters;
 pub mod device;
+pub mod drive;
 #[cfg(feature = "frontend")]
 pub mod front;
 pub mod grants;
@@ -23,7 +24,6 @@ pub mod health;
 pub mod hotplug;
 pub mod image;
 pub mod lock;
-pub mod log_gate;
 pub mod medium;
 pub mod nbd;
 pub mod negotiate;

@@ -57,7 +57,8 @@ impl Medium {
 
     /// The keys that show it to the guest.
     pub fn describe(&self, limits: &Limits) -> Vec<(String, String)> {
-        negotiate::describe(&self.image, limits, self.kind)
+        let discard = self.kind.discard && limits.discard;
+        negotiate::describe(&self.image, limits, negotiate::Kind { discard, ..self.kind })
     }
 
     /// What requests are checked against.
@@ -66,7 +67,7 @@ impl Medium {
             sectors: self.image.sectors(),
             block: u64::from(self.image.sector_size / 512),
             read_only: self.kind.read_only,
-            discard: self.kind.discard,
+            discard: self.kind.discard && limits.discard,
             barrier: limits.barrier && !self.kind.read_only,
             indirect: limits.indirect_segments as usize,
         }

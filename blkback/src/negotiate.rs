@@ -36,6 +36,8 @@ pub struct Limits {
     pub persistent: bool,
     /// Whether barriers are offered.
     pub barrier: bool,
+    /// Whether discards are, on disks that can.
+    pub discard: bool,
 }
 
 impl Default for Limits {
@@ -43,7 +45,7 @@ impl Default for Limits {
     fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let queues = processors.min(16) as u32;
-        Self { ring_page_order: 4, queues, indirect_segments: 256, persistent: true, barrier: true }
+        Self { ring_page_order: 4, queues, indirect_segments: 256, persistent: true, barrier: true, discard: true }
     }
 }
 
@@ -201,8 +203,14 @@ fn read_queue(keys: &Keys, prefix: &str, pages: Option<u32>) -> Result<QueueKeys
 mod tests {
     use super::*;
 
-    const LIMITS: Limits =
-        Limits { ring_page_order: 4, queues: 4, indirect_segments: 256, persistent: true, barrier: true };
+    const LIMITS: Limits = Limits {
+        ring_page_order: 4,
+        queues: 4,
+        indirect_segments: 256,
+        persistent: true,
+        barrier: true,
+        discard: true,
+    };
 
     fn agreed(pairs: &[(&str, &str)]) -> Result<Agreed, Fault> {
         agree(&Keys::from_pairs(pairs.iter().copied()), &LIMITS)

@@ -23,13 +23,13 @@ use std::sync::Arc;
 use hypervisor::memory::{IoList, Mapping};
 use hypervisor::{CopyDirection, CopyOp, EventChannel, GrantStatus};
 use ring::{BackRing, Overflow};
+use xenstore_client::LogGate;
 
 use crate::abi::{DIRECT_SEGMENTS, Protocol, Response, SECTOR, SEGMENT_SIZE, SEGMENTS_PER_PAGE, Segment, Slot, Status};
 use crate::barrier::{Barriers, Seat};
 use crate::counters::Counters;
 use crate::grants::Grants;
 use crate::health::Health;
-use crate::log_gate::LogGate;
 use crate::request::{self, Refusal, Shape, Transfer, Work};
 use crate::storage::{Done, Storage};
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use xenstore_client::xenbus::{State, toolstack};
 use xenstore_client::{Client, DomId, Store};
 
+use crate::device::ON_HOLD;
 use crate::hotplug;
 use crate::image::Image;
 use crate::spec::{Access, DiskSpec, Format, TargetKind};
@@ -190,7 +191,8 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
     }
 }
 
-/// A domain's disks, in the columns of `xl block-list`; a disk that failed has a line with the reason below it.
+/// A domain's disks, in the columns of `xl block-list`; a disk that failed, or whose writes wait for room, has a
+/// line that says so below it.
 ///
 /// # Errors
 /// When XenStore refuses.
@@ -212,8 +214,10 @@ pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
         // Writing to a String cannot fail.
         let _ =
             writeln!(text, "{number:<5} {backend_id:<3} {frontend:<6} {state:<5} {port:<6} {ring:<8} {backend:<30}");
-        if let Some(error) = store.read_opt(&format!("{backend}/error"))? {
-            let _ = writeln!(text, "      {}: {error}", Vdev::from_number(number).name());
+        for key in ["error", ON_HOLD] {
+            if let Some(said) = store.read_opt(&format!("{backend}/{key}"))? {
+                let _ = writeln!(text, "      {}: {said}", Vdev::from_number(number).name());
+            }
         }
     }
     Ok(text)

@@ -11,8 +11,11 @@ use std::process::Command;
 
 use blkback::abi::op;
 use blkback::device::{MEDIUM_STATUS, ON_HOLD, RESIZE};
+use blkback::drive;
 use blkback::front::{Options, Piece, Queue};
+use blkback::vdev::Vdev;
 use common::{Disk, Dom0, LoopDevice, outcomes, status, until};
+use hypervisor::{DomId, Guest};
 use xenstore_client::Store;
 
 fn key(dom0: &Dom0, disk: &Disk, name: &str) -> Option<String> {
@@ -54,7 +57,9 @@ fn a_file_that_grows() {
     for (megabytes, on_command) in [(2, true), (3, false)] {
         grow(&image, megabytes << 20);
         if on_command {
-            tell(&dom0, &disk, RESIZE, "1");
+            let (vdev, domid) = (Vdev::parse("xvda").unwrap(), Guest::domid(&*disk.guest));
+            let sizes = drive::resize(&dom0.store, DomId::DOM0, domid, vdev).unwrap();
+            assert_eq!(sizes, (2048, 4096));
         }
         let sectors = (megabytes * 2048).to_string();
         until("the guest is told", || key(&dom0, &disk, "sectors").as_deref() == Some(&sectors));
@@ -104,26 +109,25 @@ fn a_disk_is_exchanged_in_its_drive() {
     let queues = front.take_queues();
     let mut disk = Disk { guest, front, queues };
     assert_eq!(first_byte(disk.queue(), 0), Ok(1));
-    let change = |disk: &Disk, params: &str| {
-        dom0.store.rm_if_exists(&format!("{}/{MEDIUM_STATUS}", disk.front.backend_path())).unwrap();
-        dom0.store.rm_if_exists(&format!("{}/physical-device-path", disk.front.backend_path())).unwrap();
-        tell(&dom0, disk, "params", params);
-        until("the drive says something", || key(&dom0, disk, MEDIUM_STATUS).is_some());
-        key(&dom0, disk, MEDIUM_STATUS).unwrap()
+    let change = |disk: &Disk, target: Option<&Path>| {
+        let vdev = Vdev::parse("xvdd").unwrap();
+        let target = target.map(|path| path.to_str().unwrap());
+        drive::change(&dom0.store, DomId::DOM0, Guest::domid(&*disk.guest), vdev, target)
+            .map_err(|error| error.to_string())
     };
     let shows = |disk: &Disk, sectors: &str| {
         until("the guest is told", || key(&dom0, disk, "sectors").as_deref() == Some(sectors));
     };
     for _ in 0..3 {
-        assert_eq!(change(&disk, ""), "empty");
+        change(&disk, None).unwrap();
         shows(&disk, "0");
         assert_eq!(first_byte(disk.queue(), 0), Err(-1));
         blkback::image::Image::open(&images[0], blkback::spec::Access::Write).expect("an ejected disk is let go");
-        assert!(change(&disk, "/no/such.iso").contains("no such file"));
-        assert_eq!(change(&disk, images[1].to_str().unwrap()), "inserted");
+        assert!(change(&disk, Some(Path::new("/no/such.iso"))).unwrap_err().contains("no such file"));
+        change(&disk, Some(&images[1])).unwrap();
         shows(&disk, "4096");
         assert_eq!(first_byte(disk.queue(), 0), Ok(2));
-        assert_eq!(change(&disk, images[0].to_str().unwrap()), "inserted");
+        change(&disk, Some(&images[0])).unwrap();
         shows(&disk, "2048");
         assert_eq!(first_byte(disk.queue(), 0), Ok(1));
     }
@@ -135,6 +139,10 @@ fn a_fixed_disk_is_not_exchanged() {
     let dom0 = Dom0::start();
     let (image, other) = (dom0.image("disk.img", 1 << 20), dom0.image("other.img", 2 << 20));
     let mut disk = dom0.connected(&image, "w", &Options::default());
+    let (vdev, domid) = (Vdev::parse("xvda").unwrap(), Guest::domid(&*disk.guest));
+    let error = drive::change(&dom0.store, DomId::DOM0, domid, vdev, Some(other.to_str().unwrap())).unwrap_err();
+    assert!(error.to_string().contains("fixed disk"), "{error}");
+    // Nor when the key is written past the command.
     tell(&dom0, &disk, "params", other.to_str().unwrap());
     until("the refusal", || key(&dom0, &disk, MEDIUM_STATUS).is_some_and(|text| text.contains("fixed disk")));
     assert_eq!(first_byte(disk.queue(), 2048), Err(-1));

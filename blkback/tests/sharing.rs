@@ -80,7 +80,7 @@ fn twenty_at_once() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = image(dir.path(), "disk.img");
-    for round in 0..50 {
+    for round in 0..20 {
         let start = std::sync::Barrier::new(20);
         let won: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..20)

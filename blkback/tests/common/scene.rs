@@ -38,7 +38,14 @@ fn count_panics() {
 
 /// What blkback offers in these tests, on every machine the same.
 pub fn config() -> Config {
-    let limits = Limits { queues: 4, ring_page_order: 4, indirect_segments: 256, persistent: true, barrier: true };
+    let limits = Limits {
+        queues: 4,
+        ring_page_order: 4,
+        indirect_segments: 256,
+        persistent: true,
+        barrier: true,
+        discard: true,
+    };
     Config { limits, cpus: vec![] }
 }
 

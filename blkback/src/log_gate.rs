@@ -1,3 +1,0 @@
-//! Keeps what a guest can cause at will from filling the log.
-
-pub use xenstore_client::LogGate;
