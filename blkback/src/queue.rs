@@ -353,6 +353,12 @@ impl<S: Storage> Queue<S> {
             Ok(work) => work,
             Err(reason) => return Err((due, reason)),
         };
+        // What stands behind a flush that failed must not reach the medium: a barrier may be among what is withheld, and
+        // would be overtaken.
+        if !work.is_read() && self.health.flush_failed() {
+            due.withhold();
+            return Ok(());
+        }
         match work {
             Work::Flush => {
                 let token = self.take_off(due, Doing::Flush, 0, 0);

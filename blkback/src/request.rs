@@ -116,6 +116,14 @@ pub enum Work {
     },
 }
 
+impl Work {
+    /// Whether it leaves the disk as it is, and promises nothing about it.
+    #[inline]
+    pub fn is_read(&self) -> bool {
+        matches!(self, Self::Direct { transfer: Transfer::Read, .. } | Self::Indirect { transfer: Transfer::Read, .. })
+    }
+}
+
 /// Which operation the response names: the inner one of an indirect request, as blkfront expects.
 #[inline]
 pub fn answered_operation(slot: &Slot) -> u8 {

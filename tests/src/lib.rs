@@ -2,6 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod net;
+pub mod sim;
+
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
@@ -98,7 +101,16 @@ impl Process {
     /// When it cannot be started.
     pub fn start<S: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = S>) -> Self {
         let mut command = Command::new(program(name));
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(args);
+        Self::spawn(name, command)
+    }
+
+    /// Starts a command that becomes one of our programs: its process is the program's.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn spawn(name: &str, mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let (sender, lines) = std::sync::mpsc::channel();
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
