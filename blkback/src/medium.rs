@@ -51,7 +51,7 @@ impl Medium {
         let read_only = access == Access::ReadOnly;
         let discard = image.discard && !read_only && backend.get("discard-enable") != Some("0");
         let kind = negotiate::Kind { read_only, cdrom, removable: flag("removable"), discard };
-        let pages_stay = !image.over_network || flag("direct-io-safe");
+        let pages_stay = pages_stay(image.over_network, flag("direct-io-safe"));
         Ok(Self { image: Arc::new(image), kind, pages_stay, hold_when_full })
     }
 
@@ -72,6 +72,11 @@ impl Medium {
             indirect: limits.indirect_segments as usize,
         }
     }
+}
+
+/// Whether the guest's pages may go to the storage themselves.
+fn pages_stay(over_network: bool, direct_io_safe: bool) -> bool {
+    !over_network || direct_io_safe
 }
 
 /// Where the toolstack and the hotplug program say the disk is; `None` for an empty drive.
@@ -122,6 +127,12 @@ mod tests {
         let empty = Medium::open(&keys(&[("params", ""), ("device-type", "cdrom"), ("mode", "r")])).unwrap();
         assert_eq!((empty.image.sectors(), empty.kind.cdrom, empty.kind.read_only), (0, true, true));
         Medium::open(&keys(&[("params", ""), ("device-type", "disk"), ("mode", "w")])).unwrap_err();
+    }
+
+    #[test]
+    fn network_file_systems_get_copies() {
+        assert!(pages_stay(false, false) && pages_stay(false, true) && pages_stay(true, true));
+        assert!(!pages_stay(true, false));
     }
 
     #[test]
