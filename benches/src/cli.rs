@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::machine::{BLKBACK, EMU_XEN};
-use crate::{Failure, disk, guest, tour};
+use crate::machine::{BLKBACK, BRIDGE_SCRIPTS, EMU_XEN, NETBACK};
+use crate::{Failure, disk, guest, net, tour};
 
 /// See, use and measure Xen's backends on any Linux machine. Without a command: the tour.
 #[derive(Debug, Parser)]
@@ -21,6 +21,7 @@ enum Command {
     /// Serve a disk to an emulated guest, check every byte of it, and say how fast it was
     Tour,
     Disk(disk::Arguments),
+    Net(net::measure::Arguments),
     Guest(guest::Arguments),
 }
 
@@ -31,6 +32,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match args.get(1).and_then(|name| name.to_str()) {
         Some(EMU_XEN) => return as_part(|| hypervisor::emu::cli::run(args.into_iter().skip(1))),
         Some(BLKBACK) => return as_part(|| blkback::cli::run(args.into_iter().skip(1))),
+        Some(NETBACK) => return as_part(|| netback::cli::run(args.into_iter().skip(1))),
+        Some(BRIDGE_SCRIPTS) => return as_part(|| bridge_scripts::cli::run(args.into_iter().skip(1))),
         _ => {}
     }
     let cli = match Cli::try_parse_from(args) {
@@ -44,6 +47,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome: Result<(), Failure> = match cli.command {
         None | Some(Command::Tour) => tour::run(),
         Some(Command::Disk(arguments)) => disk::run(&arguments).map(|report| print!("{report}")),
+        Some(Command::Net(arguments)) => net::measure::run(&arguments).map(|report| print!("{report}")),
         Some(Command::Guest(arguments)) => guest::run(&arguments),
     };
     match outcome {

@@ -1,4 +1,4 @@
-//! `dom0-bench guest`: an emulated guest whose disk real programs can use.
+//! `dom0-bench guest`: an emulated guest whose disk and network real programs can use.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -16,10 +16,12 @@ use xenstore_client::xenbus::{State, toolstack};
 
 use crate::Failure;
 use crate::guest_disk::GuestDisk;
+use crate::guest_vifs::{self, VifArguments};
 use crate::nbd::{Config, Server};
+use crate::net::card;
 use crate::verify;
 
-/// Be a guest, and offer its disk to programs as an NBD server
+/// Be a guest: offer its disk to programs as an NBD server, and be its network in a namespace
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "In one terminal each:\n  \
     emu-xen serve --dir /tmp/xen\n  \
@@ -27,7 +29,13 @@ use crate::verify;
     dom0-bench guest --hypervisor emu:/tmp/xen --name guest --nbd unix:/tmp/disk.sock\n\
     and then:\n  \
     blkback attach guest /srv/disk.img,raw,xvda,rw --hypervisor emu:/tmp/xen\n  \
-    fio --name=try --ioengine=nbd --uri='nbd+unix:///?socket=/tmp/disk.sock' --rw=randrw --verify=crc32c --size=64m")]
+    fio --name=try --ioengine=nbd --uri='nbd+unix:///?socket=/tmp/disk.sock' --rw=randrw --verify=crc32c --size=64m\n\
+    With a network, in its own terminal too:\n  \
+    netback serve --hypervisor emu:/tmp/xen\n  \
+    dom0-bench guest --hypervisor emu:/tmp/xen --name web --vif 0 --netns web\n\
+    and then:\n  \
+    netback attach web bridge=xenbr0 --hypervisor emu:/tmp/xen\n  \
+    ip -n web address add 10.0.0.2/24 dev eth0")]
 pub struct Arguments {
     /// The machine: emu:DIR to be a new guest of it, or xen for this domain itself to play the frontend
     #[arg(long, value_name = "MACHINE")]
@@ -36,7 +44,7 @@ pub struct Arguments {
     #[arg(long, default_value = "guest")]
     pub name: String,
     /// Where to offer the disk: unix:PATH
-    #[arg(long, value_name = "unix:PATH", required_unless_present = "verify")]
+    #[arg(long, value_name = "unix:PATH", required_unless_present_any = ["verify", "vif"])]
     pub nbd: Option<NbdAddress>,
     /// Instead of offering the disk, overwrite it with a pattern, read it back, compare, and end
     #[arg(long, conflicts_with = "nbd")]
@@ -56,9 +64,12 @@ pub struct Arguments {
     /// The layout of the requests: x86_64-abi, x86_32-abi, arm-abi
     #[arg(long, default_value = "x86_64-abi", value_parser = parse_protocol)]
     pub protocol: blkback::abi::Protocol,
-    /// End when the disk is taken away, instead of waiting for the next
+    /// End when disk and vifs are taken away, instead of waiting for the next
     #[arg(long)]
     pub once: bool,
+    /// Its network
+    #[command(flatten)]
+    pub network: VifArguments,
 }
 
 fn parse_protocol(text: &str) -> Result<blkback::abi::Protocol, String> {
@@ -91,20 +102,54 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A sentence for whoever typed the command.
 pub fn run(arguments: &Arguments) -> Result<(), Failure> {
     tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(std::io::stderr).try_init()?;
+    let vifs = &arguments.network.vif;
+    // Before the first thread: see there.
+    let namespace = if vifs.is_empty() { None } else { Some(arguments.network.namespace()?) };
     let stop = stop_on_signals()?;
-    let memory_pages = ((POOL_PAGES + 512 + 16) * arguments.queues as usize + 64) as u32;
+    let disk = arguments.nbd.is_some() || arguments.verify;
+    let disk_pages = if disk { (POOL_PAGES + 512 + 16) * arguments.queues as usize } else { 0 };
+    let vif_pages = card::QUEUE_PAGES * arguments.network.vif_queues as usize * vifs.len();
     let guest: Arc<dyn Guest> = match &arguments.hypervisor {
         Machine::Emulated(dir) => {
+            let memory_pages = (disk_pages + vif_pages + 64) as u32;
             let options = GuestOptions { name: arguments.name.clone(), memory_pages, ..GuestOptions::default() };
             Arc::new(GuestSeat::join(dir, options)?)
         }
         Machine::Xen => Arc::new(XenGuest::open()?),
     };
-    let (store, domid) = (guest.store()?, guest.domid());
-    println!("domain {domid} ({}) waits for its disk {}", arguments.name, arguments.vdev.name());
-    let device = format!("{}/device/vbd/{}", domid.home(), arguments.vdev.number());
-    while wait_for(&store, &format!("{device}/state"), &[State::Initialising], &stop)? {
-        serve(arguments, &guest, &store, &stop)?;
+    let awaited = disk.then(|| format!("disk {}", arguments.vdev.name()));
+    let awaited: Vec<String> = awaited.into_iter().chain(vifs.iter().map(|vif| format!("vif {}", vif.devid))).collect();
+    println!("domain {} ({}) waits for its {}", guest.domid(), arguments.name, awaited.join(" and its "));
+    std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for (vif, namespace) in vifs.iter().zip(namespace.iter().cycle()) {
+            let (guest, stop) = (&guest, &stop);
+            let work = move || {
+                let ended = guest_vifs::run(vif, &arguments.network, guest, namespace, arguments.once, stop);
+                // Without its machine no part of the guest can live.
+                if ended.is_err() {
+                    stop.store(true, Ordering::Release);
+                }
+                ended
+            };
+            threads.push(std::thread::Builder::new().name(vif.name.clone()).spawn_scoped(scope, work)?);
+        }
+        let served = if disk { serve_disk(arguments, &guest, &stop) } else { Ok(()) };
+        // Only the disk ends by itself: verified, or failed.
+        if disk && !arguments.once {
+            stop.store(true, Ordering::Release);
+        }
+        let vifs = threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a vif's thread panicked")?);
+        served.and(vifs)
+    })
+}
+
+/// Serves the disk, life after life.
+fn serve_disk(arguments: &Arguments, guest: &Arc<dyn Guest>, stop: &AtomicBool) -> Result<(), Failure> {
+    let store = guest.store()?;
+    let device = format!("{}/device/vbd/{}", guest.domid().home(), arguments.vdev.number());
+    while wait_for(&store, &format!("{device}/state"), &[State::Initialising], stop)? {
+        serve(arguments, guest, &store, stop)?;
         if arguments.once || arguments.verify {
             break;
         }
@@ -162,7 +207,10 @@ fn offer(
 }
 
 /// Waits for one of these states; false when the program is to end instead.
-fn wait_for(store: &Client, path: &str, wanted: &[State], stop: &AtomicBool) -> Result<bool, Failure> {
+///
+/// # Errors
+/// When XenStore refuses, or is gone.
+pub(crate) fn wait_for(store: &Client, path: &str, wanted: &[State], stop: &AtomicBool) -> Result<bool, Failure> {
     while !stop.load(Ordering::Acquire) {
         match toolstack::wait_state(store, path, wanted, LOOK) {
             Ok(_) => return Ok(true),

@@ -1,11 +1,12 @@
 //! dom0-bench: what one runs to see, use and measure the backends on any Linux machine.
 //!
-//! * [`tour`] serves a disk to an emulated guest, checks every byte, and says how fast it was;
-//! * [`guest`] is an emulated guest whose disk real programs use through [`nbd`];
-//! * [`disk`] measures a disk's throughput beside plain io_uring on the same file.
+//! * [`tour`] serves a disk and a network to emulated guests, checks every byte, and says how fast it was;
+//! * [`guest`] is an emulated guest whose disk real programs use through [`nbd`], and whose network is a namespace;
+//! * [`disk`] measures a disk's throughput beside plain io_uring on the same file;
+//! * [`net::measure`] measures guests' network beside the kernel's own.
 //!
-//! [`machine`] starts the processes all three need: the emulated machine and blkback are this same program under other
-//! names.
+//! [`machine`] starts the processes all of them need: the emulated machine and the backends are this same program under
+//! other names.
 
 #![forbid(unsafe_code)]
 
@@ -13,9 +14,11 @@ pub mod cli;
 pub mod disk;
 pub mod guest;
 pub mod guest_disk;
+pub mod guest_vifs;
 pub mod load;
 pub mod machine;
 pub mod nbd;
+pub mod net;
 pub mod placement;
 pub mod raw;
 pub mod table;

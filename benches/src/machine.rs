@@ -1,4 +1,4 @@
-//! The emulated machine and blkback as processes of their own, for as long as a command needs them.
+//! The emulated machine and its backends as processes of their own, for as long as a command needs them.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,13 @@ use crate::Failure;
 pub const EMU_XEN: &str = "emu-xen";
 /// See [`EMU_XEN`].
 pub const BLKBACK: &str = "blkback";
+/// See [`EMU_XEN`].
+pub const NETBACK: &str = "netback";
+/// See [`EMU_XEN`]; the name of the program that this is to be comes next.
+pub const BRIDGE_SCRIPTS: &str = "bridge-scripts";
+
+/// Where bridge-scripts keep their lock and journal: not the host's, which is another network.
+const SCRIPTS_FOLDER: &str = "BRIDGE_SCRIPTS_RUN";
 
 /// A running part of the machine; it ends when this is dropped, or when this process dies.
 #[derive(Debug)]
@@ -28,10 +35,11 @@ struct Part {
 
 impl Part {
     /// Starts a part and waits for the line by which it says that it is ready.
-    fn start(name: &'static str, args: &[&str]) -> Result<Self, Failure> {
+    fn start(name: &'static str, args: &[&str], folder: &Path) -> Result<Self, Failure> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(name)
             .args(args)
+            .env(SCRIPTS_FOLDER, folder)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -81,11 +89,11 @@ impl Drop for Part {
     }
 }
 
-/// An emulated machine with blkback in its dom0.
+/// An emulated machine with backends in its dom0.
 #[derive(Debug)]
 pub struct Machine {
-    // In this order: blkback leaves the machine before the machine ends.
-    blkback: Part,
+    // In this order: the backends leave the machine before the machine ends.
+    backends: Vec<Part>,
     _emu_xen: Part,
     dom0: Member,
     store: Client,
@@ -93,22 +101,80 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Starts both. `serve` are further arguments of `blkback serve`.
+    /// Starts the machine, with no backend yet.
+    ///
+    /// # Errors
+    /// When it cannot be started; what it said is in the message.
+    pub fn bare() -> Result<Self, Failure> {
+        let folder = tempfile::Builder::new().prefix("dom0-bench-").tempdir()?;
+        let dir = folder.path().join("machine");
+        let dir_text = dir.to_str().ok_or("the folder for temporary files has a name that is not UTF-8")?;
+        let emu_xen = Part::start(EMU_XEN, &["serve", "--dir", dir_text], folder.path())?;
+        let dom0 = Member::join(&dir, DomId::DOM0)?;
+        let store = dom0.store()?;
+        Ok(Self { backends: Vec::new(), _emu_xen: emu_xen, dom0, store, folder })
+    }
+
+    /// Starts the machine and blkback. `serve` are further arguments of `blkback serve`.
     ///
     /// # Errors
     /// When a part cannot be started; what it said is in the message.
     pub fn start(serve: &[&str]) -> Result<Self, Failure> {
-        let folder = tempfile::Builder::new().prefix("dom0-bench-").tempdir()?;
-        let dir = folder.path().join("machine");
-        let dir_text = dir.to_str().ok_or("the folder for temporary files has a name that is not UTF-8")?;
-        let emu_xen = Part::start(EMU_XEN, &["serve", "--dir", dir_text])?;
-        let hypervisor = format!("emu:{dir_text}");
+        let mut machine = Self::bare()?;
+        machine.serve(BLKBACK, serve)?;
+        Ok(machine)
+    }
+
+    /// Starts a backend in dom0, and in the network namespace of the calling thread. `serve` are further arguments.
+    ///
+    /// # Errors
+    /// When it cannot be started; what it said is in the message.
+    pub fn serve(&mut self, backend: &'static str, serve: &[&str]) -> Result<(), Failure> {
+        let hypervisor = self.hypervisor();
         let mut args = vec!["serve", "--hypervisor", &hypervisor];
         args.extend(serve);
-        let blkback = Part::start(BLKBACK, &args)?;
-        let dom0 = Member::join(&dir, DomId::DOM0)?;
-        let store = dom0.store()?;
-        Ok(Self { blkback, _emu_xen: emu_xen, dom0, store, folder })
+        let part = Part::start(backend, &args, self.folder.path())?;
+        self.backends.push(part);
+        Ok(())
+    }
+
+    /// Types a command of netback in dom0, and in the network namespace of the calling thread: `attach`, `detach`, `list`.
+    /// Returns what it said.
+    ///
+    /// # Errors
+    /// When it fails; with what it said.
+    pub fn netback(&self, args: &[&str]) -> Result<String, Failure> {
+        self.command(NETBACK, &[args, &["--hypervisor", &self.hypervisor()]].concat())
+    }
+
+    /// Types a command of bridge-scripts in dom0, in the network namespace of the calling thread; the first word is the
+    /// program's name. Returns what it said.
+    ///
+    /// # Errors
+    /// When it fails; with what it said.
+    pub fn bridge_scripts(&self, args: &[&str]) -> Result<String, Failure> {
+        self.command(BRIDGE_SCRIPTS, args)
+    }
+
+    /// Has dom0 route for guests, and lend them its own address on the way out of this interface.
+    ///
+    /// # Errors
+    /// When it fails; with what it said.
+    pub fn start_nat(&self, uplink: &str) -> Result<String, Failure> {
+        self.bridge_scripts(&["network-nat", "start", &format!("netdev={uplink}")])
+    }
+
+    fn command(&self, part: &str, args: &[&str]) -> Result<String, Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        let output =
+            command.arg(part).args(args).env(SCRIPTS_FOLDER, self.folder.path()).stdin(Stdio::null()).output()?;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).trim().to_owned();
+        if output.status.success() { Ok(said) } else { Err(format!("{part} {}: {said}", args.join(" ")).into()) }
+    }
+
+    fn hypervisor(&self) -> String {
+        format!("emu:{}", self.dir().display())
     }
 
     /// Where the machine is joined.
@@ -126,9 +192,13 @@ impl Machine {
         &self.store
     }
 
-    /// blkback's process.
-    pub fn blkback_pid(&self) -> u32 {
-        self.blkback.child.id()
+    /// The process of a backend that was started.
+    ///
+    /// # Panics
+    /// When it was not.
+    pub fn pid(&self, backend: &str) -> u32 {
+        let part = self.backends.iter().find(|part| part.name == backend);
+        part.unwrap_or_else(|| panic!("{backend} was not started")).child.id()
     }
 
     /// This process becomes a guest with that much memory.

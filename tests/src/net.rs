@@ -235,7 +235,7 @@ impl Network {
 
     /// dom0's connection to XenStore.
     pub fn store(&self) -> Client {
-        let dom0 = Member::join(&self.dir(), DomId::DOM0).expect("dom0");
+        let dom0 = Member::join(self.dir(), DomId::DOM0).expect("dom0");
         dom0.store().expect("XenStore")
     }
 

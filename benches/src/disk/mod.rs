@@ -26,7 +26,7 @@ use self::report::list;
 use self::subject::Subject;
 use crate::Failure;
 use crate::load::{Pattern, Requests, parse_size};
-use crate::machine::Machine;
+use crate::machine::{BLKBACK, Machine};
 use crate::placement;
 use crate::raw;
 
@@ -240,7 +240,7 @@ fn rounds(
             raw::run(&subject.path, subject.direct, &mut requests(queue)?, round)
         })?;
         bar.set_message(format!("round {number} of {ROUNDS}: through blkback"));
-        let cpu = placement::process_time(machine.blkback_pid());
+        let cpu = placement::process_time(machine.pid(BLKBACK));
         let ours_now = side_by_side(front_cpus, queues.iter_mut(), |queue, ring| {
             guest_load::run(ring, &mut requests(queue)?, round)
         })?;
@@ -248,7 +248,7 @@ fn rounds(
             before = Some(counters());
             continue;
         }
-        found.back_cpu += placement::process_time(machine.blkback_pid()).saturating_sub(cpu);
+        found.back_cpu += placement::process_time(machine.pid(BLKBACK)).saturating_sub(cpu);
         found.ratios.push(ours_now.iops() / plain_now.iops());
         found.ours.merge(&ours_now, false);
         found.plain.merge(&plain_now, false);

@@ -6,7 +6,7 @@
 //! all choices there are. After each event the disk is looked at as it could be found if the power went now, and if
 //! the process were killed now ([`checker`]). Rings, grants and event channels are the emulated machine's own.
 //!
-//! From the bottom: [`random`], [`stamp`] (a sector's content), [`disk`] (cache and medium), [`bench`] (the disk as a
+//! From the bottom: [`random`], [`stamp`] (a sector's content), [`disk`] (cache and medium), [`mod@bench`] (the disk as a
 //! queue's storage), [`plant`] (bugs for the checker to find), [`plan`] (what a guest does), [`checker`], [`lane`] (one
 //! queue), [`world`] (one history), [`explore`] (many).
 

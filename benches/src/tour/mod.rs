@@ -1,4 +1,7 @@
-//! The tour: one disk from the toolstack's keys to the last byte, checked, and measured.
+//! The tour: one disk from the toolstack's keys to the last byte, and three guests' network from end to end; checked, and
+//! measured.
+
+mod network;
 
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
@@ -16,6 +19,7 @@ use crate::disk;
 use crate::guest_disk::GuestDisk;
 use crate::load::Pattern;
 use crate::machine::Machine;
+use crate::net::netns;
 use crate::table::{Table, grouped};
 use crate::verify;
 
@@ -38,9 +42,11 @@ impl Steps {
 /// # Errors
 /// When anything is not as it should be.
 pub fn run() -> Result<(), Failure> {
-    println!("dom0-bench: a disk, from the toolstack's keys to the last byte\n");
+    println!("dom0-bench: a disk from the toolstack's keys to the last byte, and a network from guest to guest\n");
+    // Before the first thread and the first part: dom0 is to be a namespace of its own.
+    let apart = netns::leave_the_host();
     let steps = Steps { began: Instant::now() };
-    let machine = Machine::start(&[])?;
+    let mut machine = Machine::start(&[])?;
     steps.say("an emulated Xen machine runs, and blkback in its dom0 (processes of their own)");
     let image = machine.folder().join("disk.img");
     std::fs::File::create(&image)?.set_len(IMAGE_SIZE)?;
@@ -81,8 +87,18 @@ pub fn run() -> Result<(), Failure> {
     table.row(["grants refused".into(), grouped(counted.refused_grants())]);
     table.row(["pages still mapped after the detach".into(), grouped(machine.still_mapped()?)]);
     println!("\n{table}");
+    let with_network = network::possible(apart);
+    match &with_network {
+        Ok(()) => network::run(&steps, &mut machine)?,
+        Err(reason) => steps.say(format!("no network: {reason}")),
+    }
+    drop(machine);
     measure(&steps)?;
-    left_out();
+    if with_network.is_ok() {
+        network::measure(&steps)?;
+    }
+    steps.say("done");
+    left_out(with_network.is_ok());
     Ok(())
 }
 
@@ -151,12 +167,14 @@ fn measure(steps: &Steps) -> Result<(), Failure> {
         ]);
     }
     println!("{table}  {placement}\n");
-    steps.say("done");
     Ok(())
 }
 
 /// What this machine cannot show.
-fn left_out() {
+fn left_out(with_network: bool) {
+    if !with_network {
+        println!("           left out: the guests' network, for the reason above");
+    }
     if !Path::new("/dev/xen").exists() {
         println!("           left out: real Xen, because this machine has no /dev/xen (it is not a dom0)");
     }
