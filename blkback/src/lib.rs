@@ -28,7 +28,6 @@ pub mod medium;
 pub mod nbd;
 pub mod negotiate;
 pub mod neighbours;
-pub mod patience;
 pub mod queue;
 pub mod request;
 pub mod spec;
@@ -36,3 +35,5 @@ pub mod storage;
 pub mod toolstack;
 pub mod vdev;
 pub mod worker;
+
+pub use ring::patience;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel;
 use hypervisor::{Backend, DomId, EventChannel, GrantAccess, PAGE_SIZE};
-use ring::{BackRing, Layout};
+use ring::{BackRing, Layout, Patience};
 use rustix::event::{EventfdFlags, eventfd};
 use xenstore_client::xenbus::{Blame, Fault};
 
@@ -23,7 +23,6 @@ use crate::grants::Grants;
 use crate::health::Health;
 use crate::image::Image;
 use crate::negotiate::QueueKeys;
-use crate::patience::Patience;
 use crate::queue::{Broken, Parts, Queue};
 use crate::request::Shape;
 use crate::storage::{Sleep, Storage};

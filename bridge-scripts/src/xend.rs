@@ -243,6 +243,7 @@ fn vif_script(said: &str) -> String {
         match word.split_once('=') {
             Some(("bridge", bridge)) => text += &format!("# vif.default.bridge=\"{bridge}\"\n"),
             Some(("netdev", dev)) => text += &format!("# vif.default.gatewaydev=\"{dev}\"\n"),
+            Some(("dhcp", "yes")) => text += "# dhcp=yes belongs to network-nat now: network-nat start dhcp=yes\n",
             _ => text += &format!("# left out: {word}\n"),
         }
     }

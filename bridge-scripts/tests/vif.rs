@@ -5,12 +5,12 @@
 
 mod vif_common;
 
-use bridge_scripts::apply::Fault;
-use vif_common::{Scene, alone, sh, try_sh};
+use bridge_scripts::network;
+use vif_common::{Scene, alone_with_taps, sh};
 
 #[test]
 fn a_port_of_a_bridge() {
-    alone("a_port_of_a_bridge", || {
+    alone_with_taps("a_port_of_a_bridge", || {
         let scene = Scene::new();
         sh("ip link add xenbr0 type bridge");
         sh("ip link set xenbr0 mtu 1400 up");
@@ -72,7 +72,7 @@ fn a_port_of_a_bridge() {
 
 #[test]
 fn names_and_bridges_of_old() {
-    alone("names_and_bridges_of_old", || {
+    alone_with_taps("names_and_bridges_of_old", || {
         let scene = Scene::new();
         sh("ip link add eth1 type bridge");
         scene.vif(5, 0, "00:16:3e:00:00:05", &[("bridge", "xenbr1"), ("vifname", "web0"), ("mtu", "1450")]);
@@ -98,7 +98,7 @@ fn names_and_bridges_of_old() {
 
 #[test]
 fn what_cannot_be_done_says_why() {
-    alone("what_cannot_be_done_says_why", || {
+    alone_with_taps("what_cannot_be_done_says_why", || {
         let scene = Scene::new();
         scene.vif(1, 0, "00:16:3e:00:00:01", &[]);
         let refused = |keys: &[(&str, &str)], script: &str, words: &str| {
@@ -146,7 +146,7 @@ fn what_cannot_be_done_says_why() {
 
 #[test]
 fn without_antispoofing_it_says_so() {
-    alone("without_antispoofing_it_says_so", || {
+    alone_with_taps("without_antispoofing_it_says_so", || {
         let scene = Scene::new();
         sh("ip link add xenbr0 type bridge");
         scene.vif(1, 0, "00:16:3e:00:00:01", &[("bridge", "xenbr0")]);
@@ -177,8 +177,59 @@ fn without_antispoofing_it_says_so() {
 }
 
 #[test]
+fn what_was_said_of_the_bridge() {
+    alone_with_taps("what_was_said_of_the_bridge", || {
+        let scene = Scene::new();
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let start = |text: &str| {
+            let mut told = String::new();
+            let mut print = |line: &str| told = format!("{told}{line}\n");
+            network::run(network::Program::Dummy, &words(text), scene.options.clone(), &mut print).unwrap();
+            told
+        };
+        let told = start("start bridge=xenbr7 antispoof=no");
+        assert!(told.contains("WARNING: antispoof=no: guests on xenbr7"), "{told}");
+        start("start bridge=xenbr8 antispoof=yes");
+        let filtered = || sh("nft list tables").contains("netdev xen-vif1.0");
+        scene.vif(1, 0, "00:16:3e:00:00:01", &[("bridge", "xenbr7")]);
+        let run = |words: &[&str]| scene.program("vif-bridge", 1, 0, words);
+        assert!(run(&["online"]) && !filtered());
+        let said = "antispoof=off: said of the bridge xenbr7 (network-bridge start antispoof=no)";
+        assert!(scene.log().contains(said), "{}", scene.log());
+        assert!(scene.log().contains("WARNING: antispoof=off: domain 1"), "{}", scene.log());
+        // It holds for the backend's own way too.
+        scene.offline("vif-bridge", 1, 0).unwrap();
+        scene.online("vif-bridge", 1, 0).unwrap();
+        assert!(!filtered());
+        // The bridge's word is before the machine's, behind the command line's, and that behind XenStore's.
+        scene.settings("antispoof = on\nxenbr7.antispoof = on\n");
+        assert!(run(&["online"]) && !filtered());
+        assert!(run(&["online", "antispoof=on"]) && filtered());
+        scene.set(1, 0, "antispoof", "off");
+        assert!(run(&["online", "antispoof=on"]) && !filtered());
+        scene.unset(1, 0, "antispoof");
+        // And the other way round; where the bridge has no record, the machine's word counts.
+        scene.set(1, 0, "bridge", "xenbr8");
+        scene.settings("antispoof = off\n");
+        assert!(run(&["online"]) && filtered());
+        sh("ip link add xenbr9 type bridge");
+        scene.set(1, 0, "bridge", "xenbr9");
+        assert!(run(&["online"]) && !filtered());
+        assert!(scene.log().contains("settings says so"), "{}", scene.log());
+        // A bridge that nobody named is the machine's first.
+        scene.unset(1, 0, "bridge");
+        scene.settings("");
+        assert!(run(&["online"]) && !filtered());
+        assert!(sh("ip -o link show vif1.0").contains("master xenbr7"));
+        // A mistake in the machine's settings keeps nothing from going offline.
+        scene.settings("antispof = off\n");
+        assert!(run(&["offline"]));
+    });
+}
+
+#[test]
 fn the_programs_as_libxl_runs_them() {
-    alone("the_programs_as_libxl_runs_them", || {
+    alone_with_taps("the_programs_as_libxl_runs_them", || {
         let scene = Scene::new();
         sh("ip link add xenbr0 type bridge");
         scene.vif(62, 2, "00:16:3e:00:00:01", &[("bridge", "xenbr0")]);
@@ -210,7 +261,7 @@ fn the_programs_as_libxl_runs_them() {
 
 #[test]
 fn routed() {
-    alone("routed", || {
+    alone_with_taps("routed", || {
         let scene = Scene::new();
         sh("ip link set lo up");
         sh("ip link add eth0 type veth peer name outside");
@@ -262,7 +313,7 @@ fn routed() {
 
 #[test]
 fn behind_nat() {
-    alone("behind_nat", || {
+    alone_with_taps("behind_nat", || {
         let scene = Scene::new();
         sh("ip link add eth0 type veth peer name outside");
         sh("ip addr add 198.51.100.1/24 dev eth0");
@@ -292,67 +343,6 @@ fn behind_nat() {
         assert_eq!(hosts(), "");
         assert!(!sh("ip route").contains("vif62"));
         scene.nothing_left();
-    });
-}
-
-#[test]
-fn a_step_that_fails_leaves_nothing() {
-    alone("a_step_that_fails_leaves_nothing", || {
-        for (script, keys) in [
-            ("vif-bridge", &[("bridge", "xenbr0"), ("ip", "10.0.0.5"), ("vifname", "web0")][..]),
-            ("vif-route", &[("ip", "10.0.0.5 192.168.17.1/24 2001:db8::5")][..]),
-            ("vif-nat", &[][..]),
-        ] {
-            let mut scene = Scene::new();
-            let _ = try_sh("ip link del xenbr0");
-            sh("ip link add xenbr0 type bridge");
-            sh("ip addr add 10.0.0.254/24 dev xenbr0");
-            sh("ip link set xenbr0 up");
-            sh("ip route add default via 10.0.0.1 dev xenbr0");
-            scene.vif(1, 0, "00:16:3e:00:00:01", keys);
-            let state = || {
-                let link = sh("ip -o link show vif1.0");
-                // Index and the like stay; what the kernel invents about IPv6 does not matter while it is off.
-                link + &sh("ip -o -4 addr show")
-                    + &sh("ip route")
-                    + &sh("ip neigh show proxy")
-                    + &sh("nft list ruleset")
-            };
-            // Whether a port of xenbr0 is on is seen at the bridge.
-            // And a device that was on once keeps its queue.
-            let state =
-                || state().replace(" linkdown", "").replace("qdisc noop", "qdisc").replace("qdisc pfifo_fast", "qdisc");
-            let before = state();
-            let mut steps = 0;
-            loop {
-                scene.options.fault = Some(Fault::FailAfter(steps));
-                match scene.online(script, 1, 0) {
-                    Ok(()) => break,
-                    Err(error) => {
-                        assert!(error.to_string().contains("everything was put back"), "{script} {steps}: {error}");
-                    }
-                }
-                assert_eq!(state(), before, "{script}: step {steps}");
-                assert_eq!(scene.key(1, 0, "hotplug-status").as_deref(), Some("error"));
-                steps += 1;
-            }
-            println!("{script}: each of {steps} steps failed once");
-            assert!(steps >= 7, "{script}: {steps}");
-            scene.options.fault = None;
-            // Offline, failing at each step: whatever happens the interface can be taken offline after all.
-            for step in 0..steps {
-                scene.online(script, 1, 0).unwrap();
-                scene.options.fault = Some(Fault::FailAfter(step));
-                let failed = scene.offline(script, 1, 0).is_err();
-                scene.options.fault = None;
-                scene.offline(script, 1, 0).unwrap();
-                scene.nothing_left();
-                if !failed {
-                    break;
-                }
-            }
-            sh("ip link del vif1.0");
-        }
     });
 }
 

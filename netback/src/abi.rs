@@ -119,12 +119,11 @@ impl TxResponse {
         Self { id: u16_at(slot, 0), status: u16_at(slot, 2).cast_signed() }
     }
 
-    /// Fills a slot; what it does not use is zero.
-    pub fn encode(&self) -> [u8; TX_SLOT] {
-        let mut slot = [0; TX_SLOT];
-        slot[0..2].copy_from_slice(&self.id.to_le_bytes());
-        slot[2..4].copy_from_slice(&self.status.to_le_bytes());
-        slot
+    /// The bytes at the beginning of a slot. The rest of it keeps what the request was, for whoever takes over from a
+    /// backend that died between two of them ([`Tx::resume`](crate::tx::Tx::resume)).
+    pub fn encode(&self) -> [u8; 4] {
+        let [id, status] = [self.id.to_le_bytes(), self.status.to_le_bytes()];
+        [id[0], id[1], status[0], status[1]]
     }
 }
 

@@ -45,6 +45,8 @@ pub struct Counters {
     pub rx_dropped: Counter,
     /// Frames to groups that the guest has not joined.
     pub rx_filtered: Counter,
+    /// Frames that were read here for another queue, which the guest's table names.
+    pub rx_handed_over: Counter,
     /// Receive requests whose page could not be written to.
     pub rx_errors: Counter,
     /// Frames whose checksum was added up here because the guest cannot.

@@ -18,6 +18,7 @@ use crate::counters::Counters;
 use crate::credit::{Limit, Rate};
 use crate::ctrl::{self, Control};
 use crate::rx::{Pages, Rx};
+use crate::steer::Post;
 use crate::tap::Tap;
 use crate::tx::Tx;
 
@@ -80,6 +81,8 @@ pub struct Parts {
     pub live: Arc<Live>,
     /// Read by others.
     pub counters: Arc<Counters>,
+    /// The rings are those of a backend that died, and that may have owed the guest a notification.
+    pub resumed: bool,
 }
 
 /// Both directions of one queue.
@@ -112,6 +115,11 @@ impl Queue {
         self.parts.control.as_ref().map(Control::channel)
     }
 
+    /// Where other queues leave what they read for this one, for who drives the queue.
+    pub fn post(&self) -> Option<&Post> {
+        self.parts.rx.post()
+    }
+
     /// Whether a frame from the tap would be read now.
     pub fn wants_frames(&self) -> bool {
         self.parts.rx.wants_frames()
@@ -123,7 +131,7 @@ impl Queue {
     /// When the queue must stop.
     pub fn turn(&mut self, now: Instant) -> Result<Progress, Broken> {
         self.follow_rate(now);
-        let Parts { tx, rx, tap, channels, control, counters, .. } = &mut self.parts;
+        let Parts { tx, rx, tap, channels, control, counters, resumed, .. } = &mut self.parts;
         if let Some(control) = control
             && control.turn().map_err(control_broken)?
         {
@@ -131,7 +139,8 @@ impl Queue {
         }
         let (sent, tell_sent) = tx.turn(tap, now)?;
         let (received, tell_received) = rx.turn(tap, now)?;
-        let events = channels.notify(tell_sent, tell_received).map_err(channel_failed)?;
+        let owed = std::mem::take(resumed);
+        let events = channels.notify(tell_sent | owed, tell_received | owed).map_err(channel_failed)?;
         counters.notifications.add(events);
         if let Some(pages) = rx.pages(now) {
             self.carry(pages)?;

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-mod hostile_common;
+mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use hostile_common::taps::{PairTaps, ip, own_network};
-use hostile_common::{Dom0, Vif};
+use common::taps::{PairTaps, ip, own_network};
+use common::{Dom0, Vif};
 use netback::device::Config;
 use netback::front::{Frontend, Options, TapGuest, features};
 use netback::tap::Tap;

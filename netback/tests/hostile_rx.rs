@@ -1,6 +1,6 @@
 //! What a hostile guest can do with what it receives: the receive ring, its pages, and how it says what it copes with.
 //!
-//! Rows of the checklist (reference/xen-protocol.md, section 11):
+//! Rows of the checklist:
 //!
 //! | row | test |
 //! |---|---|
@@ -16,14 +16,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-mod hostile_common;
+mod common;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hostile_common::frames::{GUEST_MAC, PEER_MAC, TCP, ethernet, ipv4, pattern, plain, sum, tcp, tcp4, tcp6};
-use hostile_common::taps::{ip, own_network};
-use hostile_common::{Dom0, Scene, Vif, during, receive, until};
+use common::frames::{GUEST_MAC, PEER_MAC, TCP, ethernet, ipv4, pattern, plain, sum, tcp, tcp4, tcp6};
+use common::taps::{ip, own_network};
+use common::{Dom0, Scene, Vif, during, receive, until};
 use hypervisor::emu::{READONLY, RawEntry};
 use hypervisor::memory::Mapping;
 use hypervisor::{DomId, GrantAccess, GrantRef, PAGE_SIZE};
@@ -255,7 +255,7 @@ fn xsa_392_a_real_tap_is_flooded() {
         if !own_network("a flood through a real tap") {
             return;
         }
-        let taps = hostile_common::taps::PairTaps::default();
+        let taps = common::taps::PairTaps::default();
         let dom0 = Dom0::with(Config { queues: 1, ..Config::default() }, taps, |serve| serve());
         let mut vif = dom0.connected("hostile", &Options::default());
         if ip(&format!("link set {} mtu 9000 up", vif.name)).is_none() {

@@ -1,6 +1,6 @@
 //! What a hostile guest can do in XenStore.
 //!
-//! Rows of the checklist (reference/xen-protocol.md, section 11):
+//! Rows of the checklist:
 //!
 //! | row | test |
 //! |---|---|
@@ -23,10 +23,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-mod hostile_common;
+mod common;
 
-use hostile_common::frames::plain;
-use hostile_common::{Scene, during, until};
+use common::frames::plain;
+use common::{Scene, during, until};
 use hypervisor::{DomId, GrantAccess, GrantRef, Guest};
 use netback::front::{Meta, Options};
 use xenstore_client::Store;

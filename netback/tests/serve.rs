@@ -2,36 +2,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-mod hostile_common;
+mod common;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-use hostile_common::frames::{
-    GUEST_MAC, PEER_MAC, TCP, ethernet, pattern, plain, pseudo4, pseudo6, sum, tcp4, tcp6, udp4,
-};
-use hostile_common::taps::End;
-use hostile_common::{Dom0, PATIENCE, QUEUES, Slot, Vif, ask, until};
+use common::frames::{GUEST_MAC, PEER_MAC, TCP, ethernet, pattern, plain, pseudo4, pseudo6, sum, tcp4, tcp6, udp4};
+use common::slots::{Slot, ask};
+use common::taps::End;
+use common::{Dom0, PATIENCE, QUEUES, close, receive, until};
 use hypervisor::{DomId, Guest};
-use netback::abi::{Extra, GsoType, TxRequest, status, tx_flag};
+use netback::abi::{GsoType, TxRequest, status, tx_flag};
 use netback::front::{Checksum, Meta, Options, Queue};
 use netback::vnet::{Offload, Partial};
 use xenstore_client::Store;
 use xenstore_client::xenbus::{State, toolstack};
-
-/// The next frame for the guest, which must come, and what goes with it.
-fn receive(queue: &mut Queue) -> (Vec<u8>, Meta) {
-    let (mut frame, mut found) = (Vec::new(), None);
-    until("a frame for the guest", || {
-        queue.pump().unwrap();
-        found = queue.rx.receive_bytes(&mut frame).unwrap();
-        if found.is_none() {
-            queue.wait(None, Duration::from_millis(50)).unwrap();
-        }
-        found.is_some()
-    });
-    (frame, found.unwrap())
-}
 
 fn send(queue: &mut Queue, frame: &[u8], meta: &Meta) {
     until("room in the ring", || {
@@ -63,11 +48,14 @@ fn round_trip(queue: &mut Queue, end: &End, len: usize, seed: u8) {
 
 const SIZES: [usize; 15] = [15, 60, 127, 128, 129, 1514, 4082, 4096, 4097, 8192, 9014, 16384, 32767, 65534, 65535];
 
-fn close(dom0: &Dom0, vif: Vif) {
-    let guest = vif.guest.clone();
-    vif.close();
-    assert_eq!(dom0.mapped(Guest::domid(&*guest)), 0, "pages of a closed interface are mapped");
-    dom0.detach(&guest, 0);
+/// netif.h, "Link state".
+#[test]
+fn a_connected_interface_has_a_carrier() {
+    let dom0 = Dom0::start();
+    let vif = dom0.connected("guest", &Options::default());
+    let carrier = dom0.store.read_opt(&format!("{}/carrier", vif.front.backend_path())).unwrap();
+    assert_eq!(carrier.as_deref(), Some("1"));
+    close(&dom0, vif);
 }
 
 /// Every size through every shape of queues and event channels.
@@ -241,6 +229,30 @@ fn what_a_guest_does_not_cope_with_is_done_for_it() {
     close(&dom0, vif);
 }
 
+/// A packet has at most 65535 bytes where Xen counts them; a frame around the largest IP packet has more.
+#[test]
+fn frames_longer_than_a_packet_are_cut() {
+    let dom0 = Dom0::start();
+    let mut vif = dom0.connected("guest", &Options::default());
+    let end = vif.end();
+    for (kind, headers, data) in [(GsoType::TcpV4, 54, 65_495), (GsoType::TcpV6, 74, 65_515)] {
+        let frame = if kind == GsoType::TcpV4 { tcp4(data) } else { tcp6(data) };
+        assert!(frame.len() > 65_535);
+        end.send_as(&gso(kind), &frame);
+        let mut got = Vec::new();
+        while got.len() < data {
+            let (segment, meta) = receive(vif.queue());
+            assert_eq!((meta.gso, tcp_sum(&segment)), (None, 0xffff));
+            got.extend_from_slice(&segment[headers..]);
+        }
+        assert!(got == frame[headers..]);
+    }
+    // Nor can it be told of one that is not to be cut.
+    end.send(&plain(65_536, 1));
+    nothing_else(vif.queue(), &end);
+    close(&dom0, vif);
+}
+
 /// A checksum that no driver of a guest's finds, behind a VLAN tag, is finished although the guest takes partial ones.
 #[test]
 fn tagged_frames() {
@@ -378,34 +390,6 @@ fn a_rate_or_a_mac_that_is_none_is_refused_at_once() {
         let error = dom0.store.read_str(&format!("{path}/error")).unwrap();
         assert!(error.contains(value), "{error}");
     }
-}
-
-#[test]
-fn hashes_come_along_once_they_are_asked_for() {
-    use netback::abi::{ctrl_status, ctrl_type, hash_type};
-    let dom0 = Dom0::start();
-    let mut vif = dom0.connected("guest", &Options { control: true, queues: 2, ..Options::default() });
-    let control = vif.control.as_mut().unwrap();
-    let mut tell = |kind, data| assert_eq!(control.ask(kind, data).unwrap().status, ctrl_status::SUCCESS);
-    tell(ctrl_type::SET_HASH_ALGORITHM, [1, 0, 0]);
-    tell(ctrl_type::SET_HASH_FLAGS, [hash_type::IPV4 | hash_type::IPV4_TCP, 0, 0]);
-    assert_eq!(control.set_key(&pattern(40, 1)).unwrap().status, ctrl_status::SUCCESS);
-    for queue in 0..2 {
-        let end = vif.end_of(queue);
-        let queue = &mut vif.queues[queue as usize];
-        end.send(&tcp4(100));
-        let (_, meta) = receive(queue);
-        assert!(matches!(meta.hash, Some(Extra::Hash { kind: 1, algorithm: 1, .. })), "{meta:?}");
-        end.send_as(&gso(GsoType::TcpV4), &tcp4(20_000));
-        let (_, large) = receive(queue);
-        assert_eq!(large.hash, meta.hash, "the flow is the same");
-        assert!(large.gso.is_some());
-        end.send(&udp4(10));
-        assert!(matches!(receive(queue).1.hash, Some(Extra::Hash { kind: 0, .. })));
-        end.send(&plain(100, 1));
-        assert_eq!(receive(queue).1.hash, None);
-    }
-    close(&dom0, vif);
 }
 
 #[test]

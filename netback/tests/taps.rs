@@ -2,15 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-mod hostile_common;
+mod common;
 
 use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use hostile_common::frames::{TCP, pseudo4, sum, tcp4};
-use hostile_common::taps::PairTaps;
-use hostile_common::{Dom0, PATIENCE, Vif, until};
+use common::frames::{TCP, pseudo4, sum, tcp4};
+use common::taps::PairTaps;
+use common::{Dom0, PATIENCE, Vif, until};
 use hypervisor::Guest;
 use netback::abi::GsoType;
 use netback::device::Config;
@@ -154,6 +154,24 @@ fn the_tap_outlives_its_frontends_and_may_be_renamed() {
         front.close(Vec::new(), None).unwrap();
         dom0.detach(&guest, 0);
         assert!(!ip("-o link").contains("front-door"), "the tap is left behind");
+    });
+}
+
+/// As Linux' backend does: longer packets would not come through, and who sends them should know.
+#[test]
+fn without_scatter_gather_the_mtu_is_that_of_ethernet() {
+    alone(|| {
+        let Some(dom0) = dom0() else { return };
+        for (sg, mtu) in [(true, "mtu 9000 "), (false, "mtu 1500 ")] {
+            let vif = connected(&dom0, &Options { sg, ..Options::default() }, |tap| {
+                ip(&format!("link set {tap} mtu 9000 up"));
+            });
+            let guest = vif.guest.clone();
+            let link = ip(&format!("-o link show {}", vif.name));
+            assert!(link.contains(mtu), "{link}");
+            vif.close();
+            dom0.detach(&guest, 0);
+        }
     });
 }
 

@@ -3,6 +3,7 @@
 use std::env;
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +22,8 @@ pub(super) const RUN_VARIABLE: &str = "BRIDGE_SCRIPTS_RUN";
 /// The variable by which tests let a program fail or die, see [`Fault`].
 const FAULT_VARIABLE: &str = "BRIDGE_SCRIPTS_FAULT";
 pub(super) const JOURNAL: &str = "journal.json";
+/// The end of the names of files that are being written, and get their name when they are whole.
+const DRAFT: &str = ".new";
 
 /// Where a plan is to go wrong, for tests. Steps are counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +112,10 @@ impl Session {
         let lock = Lock::take(&options.run, options.patience, options.say)?;
         let link = Link::open().map_err(|error| Error::Read(Box::new(error.into())))?;
         let mut session = Self { options, link, nft: None, _lock: lock };
+        // Of a run that was killed while it wrote a file. Nobody writes one without the lock.
+        for name in names(&session.options.run)?.iter().filter(|name| name.ends_with(DRAFT)) {
+            remove_optional(&session.file(name)).map_err(|error| Error::Read(Box::new(error)))?;
+        }
         let path = session.file(JOURNAL);
         if let Some(found) = journal::find(&path)? {
             session.repair(&path, found, "was interrupted")?;
@@ -350,20 +357,19 @@ pub fn interrupted(run: &Path) -> Result<Option<String>, Error> {
 ///
 /// When the run directory cannot be read.
 pub fn record_names(run: &Path, prefix: &str) -> Result<Vec<String>, Error> {
+    let mut names = names(run)?;
+    names.retain(|name| name.starts_with(prefix) && name.ends_with(".json"));
+    names.sort();
+    Ok(names)
+}
+
+fn names(run: &Path) -> Result<Vec<String>, Error> {
     let error = |source| Error::File { path: run.to_owned(), source };
     let entries = match fs::read_dir(run) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.map_err(error)?,
     };
-    let mut names = Vec::new();
-    for entry in entries {
-        let name = entry.map_err(error)?.file_name().to_string_lossy().into_owned();
-        if name.starts_with(prefix) && name.ends_with(".json") {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
+    entries.map(|entry| Ok(entry.map_err(error)?.file_name().to_string_lossy().into_owned())).collect()
 }
 
 /// As a killed process ends: nothing is dropped, nothing is flushed.
@@ -376,7 +382,8 @@ fn die() -> ! {
 fn make_dir(dir: &Path) -> Result<(), Error> {
     use std::os::unix::fs::DirBuilderExt as _;
 
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    // Others (dnsmasq) may open a file whose name they know, but not look around.
+    let made = fs::DirBuilder::new().recursive(true).mode(0o711).create(dir);
     made.map_err(|source| Error::File { path: dir.to_owned(), source })
 }
 
@@ -391,9 +398,11 @@ fn read_optional(path: &Path) -> Result<Option<String>, Error> {
 /// Writes a file so that it is there as a whole or as it was.
 fn write_whole(path: &Path, content: &str) -> Result<(), StepFault> {
     let mut name = path.as_os_str().to_owned();
-    name.push(".new");
+    name.push(DRAFT);
     let draft = PathBuf::from(name);
     fs::write(&draft, content)
+        // For dnsmasq, whatever this program was started with; the directory tells nobody what is in it.
+        .and_then(|()| fs::set_permissions(&draft, fs::Permissions::from_mode(0o644)))
         .and_then(|()| fs::rename(&draft, path))
         .map_err(|source| StepFault::File { path: path.to_owned(), source })
 }

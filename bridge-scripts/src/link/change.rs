@@ -149,7 +149,13 @@ impl Link {
                 data.u16(VLAN_ID, id);
             });
         });
-        self.change(message)
+        self.change(message).map_err(|error| match error {
+            Error::Kernel { errno: errno @ libc::EOPNOTSUPP, .. } => {
+                let text = "it has no VLANs; the module is named 8021q, the option CONFIG_VLAN_8021Q";
+                Error::Kernel { errno, text: Some(text.to_owned()) }
+            }
+            other => other,
+        })
     }
 
     fn create_veth(&mut self, name: &str, peer: &str, mac: Option<Mac>) -> Result<(), Error> {

@@ -6,6 +6,7 @@
 
 mod addresses;
 mod change;
+mod conntrack;
 mod dump;
 mod links;
 mod routes;
@@ -22,6 +23,7 @@ use rustix::io::Errno;
 use wire::{Message, attrs, text, u16_at, u32_at};
 
 pub use change::Mode;
+pub use conntrack::forget_connections;
 
 /// Bytes of room for one answer of the kernel. It never sends more than 32 KiB at a time in a dump.
 const ROOM: usize = 64 << 10;
@@ -93,13 +95,18 @@ impl Link {
     ///
     /// When the kernel gives none.
     pub fn open() -> Result<Self, Error> {
-        let mut socket = Socket::new(NETLINK_ROUTE).map_err(Error::Socket)?;
+        let link = Self::open_to(NETLINK_ROUTE)?;
+        // With strict checks a dump can be limited to one link in the kernel.
+        link.socket.set_netlink_get_strict_chk(true).map_err(Error::Socket)?;
+        Ok(link)
+    }
+
+    fn open_to(protocol: isize) -> Result<Self, Error> {
+        let mut socket = Socket::new(protocol).map_err(Error::Socket)?;
         socket.bind_auto().map_err(Error::Socket)?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(Error::Socket)?;
         socket.set_cap_ack(true).map_err(Error::Socket)?;
         socket.set_ext_ack(true).map_err(Error::Socket)?;
-        // With strict checks a dump can be limited to one link in the kernel.
-        socket.set_netlink_get_strict_chk(true).map_err(Error::Socket)?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(ROOM), names: HashMap::new() })
     }
 

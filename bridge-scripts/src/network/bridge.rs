@@ -3,6 +3,7 @@
 use super::moving::Luggage;
 use super::record::{Layout, Record};
 use super::refusal::{Refusal, refuse};
+use super::settings::{copy_settings, disable_ipv6, give_back, own_link_local, sysctl};
 use super::words::{Unclear, Words};
 use super::xen3;
 use crate::plan::Plan;
@@ -23,8 +24,8 @@ pub struct Request {
     pub vifnum: Option<u32>,
     /// Whether guests' interfaces that say nothing themselves are filtered.
     pub antispoof: Option<bool>,
-    /// The layout.
-    pub layout: Layout,
+    /// The layout; today's if none is said, and where the bridge is there already, the one it has.
+    pub layout: Option<Layout>,
     /// Stop although others use the bridge.
     pub force: bool,
     /// Whether it will be taken back unless confirmed: then more may be risked.
@@ -39,8 +40,9 @@ impl Request {
     /// A value that makes no sense, with a caret under it.
     pub fn read(words: &Words) -> Result<Self, Unclear> {
         let layout = match words.get("layout") {
-            None | Some("bridge") => Layout::Bridge,
-            Some("xen3") => Layout::Xen3,
+            None => None,
+            Some("bridge") => Some(Layout::Bridge),
+            Some("xen3") => Some(Layout::Xen3),
             Some(other) => return Err(words.unclear("layout", format!("layout is bridge or xen3, not {other:?}"))),
         };
         Ok(Self {
@@ -125,7 +127,11 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
     let Some(card) = state.links.get(netdev) else {
         let others: Vec<&str> =
             state.links.iter().filter(|(_, link)| !link.loopback).map(|(name, _)| name.as_str()).collect();
-        return refuse(format!("there is no network device {netdev:?}; there are: {}", others.join(", ")));
+        let hint = match netdev.starts_with("dummy") {
+            true => format!(". For a network of guests alone: network-dummy start bridge={bridge}"),
+            false => String::new(),
+        };
+        return refuse(format!("there is no network device {netdev:?}; there are: {}{hint}", others.join(", ")));
     };
     fit(state, netdev, card, request)?;
     if let Some(there) = state.links.get(bridge)
@@ -150,10 +156,11 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
             "{bridge} has the card {other} already: say which bridge {netdev} is for, as in bridge=xenbr1"
         ));
     }
+    let layout = request.layout.unwrap_or_default();
     let record = Record {
         bridge: bridge.clone(),
         netdev: Some(netdev.clone()),
-        layout: request.layout,
+        layout,
         own_port: None,
         made_bridge: !state.links.contains_key(bridge),
         made_netdev,
@@ -162,7 +169,7 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
         disable_ipv6: state.sysctls.get(&disable_ipv6(netdev)).cloned(),
         antispoof: request.antispoof,
     };
-    match request.layout {
+    match layout {
         Layout::Bridge if card.master.as_ref() == Some(bridge) && luggage.is_empty() => {
             plan.note(format!("{netdev} is in {bridge} already, which somebody else made: nothing is changed"));
             return Ok(plan);
@@ -170,18 +177,23 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
         Layout::Bridge => enslave(state, &luggage, record, &mut plan),
         Layout::Xen3 => xen3::start(state, &luggage, record, &mut plan)?,
     }
-    for address in
-        luggage.addresses.iter().filter(|address| address.valid != FOREVER && request.layout == Layout::Bridge)
-    {
+    for address in luggage.addresses.iter().filter(|address| address.valid != FOREVER && layout == Layout::Bridge) {
         let (local, prefix) = (address.local, address.prefix);
         plan.note(format!(
             "{local}/{prefix} was given for a time: its DHCP client, or the router, has to find {bridge} now"
         ));
     }
-    if request.antispoof == Some(false) {
-        plan.note(format!("antispoof=no: guests on {bridge} are not filtered unless their own vif says so"));
-    }
+    loudly(request.antispoof, bridge, &mut plan);
     Ok(plan)
+}
+
+/// Says that guests are not filtered.
+pub(super) fn loudly(antispoof: Option<bool>, bridge: &str, plan: &mut Plan) {
+    if antispoof == Some(false) {
+        plan.note(format!(
+            "WARNING: antispoof=no: guests on {bridge} can send from any address, unless their own vif says antispoof=on"
+        ));
+    }
 }
 
 /// `start` when there is a record: nothing to do, unless what is asked differs.
@@ -189,10 +201,16 @@ fn again(state: &State, request: &Request, pair: &Pair, record: Record, mut plan
     let Pair { netdev, bridge } = pair;
     let port = record.port();
     let in_place = port.as_ref().and_then(|port| state.links.get(port)).and_then(|link| link.master.as_ref());
-    if record.netdev.as_ref() != Some(netdev) || record.layout != request.layout {
-        let (had, layout) = (record.netdev.as_deref().unwrap_or("no card"), record.layout);
+    if let (Some(other), None) = (record.netdev.as_ref().filter(|other| *other != netdev), &request.bridge) {
         return refuse(format!(
-            "{bridge} was started with {had}, layout {layout:?}: stop it first (network-bridge stop bridge={bridge})"
+            "{bridge} has the card {other} already: say which bridge {netdev} is for, as in bridge=xenbr1"
+        ));
+    }
+    if record.netdev.as_ref() != Some(netdev) || request.layout.is_some_and(|layout| layout != record.layout) {
+        let had = record.netdev.as_deref().unwrap_or("no card");
+        let layout = if record.layout == Layout::Xen3 { "xen3" } else { "bridge" };
+        return refuse(format!(
+            "{bridge} was started with {had}, layout={layout}: stop it first (network-bridge stop bridge={bridge})"
         ));
     }
     if in_place != Some(bridge) {
@@ -204,6 +222,8 @@ fn again(state: &State, request: &Request, pair: &Pair, record: Record, mut plan
     }
     if request.antispoof.is_some() && request.antispoof != record.antispoof {
         plan.push(Record { antispoof: request.antispoof, ..record }.keep());
+        plan.note(format!("antispoof= counts for interfaces that come online from now on, not for those on {bridge}"));
+        loudly(request.antispoof, bridge, &mut plan);
     }
     Ok(plan)
 }
@@ -372,83 +392,4 @@ fn release(state: &State, record: &Record, plan: &mut Plan) {
     if record.made_bridge && state.links.contains_key(bridge) {
         plan.push(Step::DeleteLink(bridge.clone()));
     }
-}
-
-/// The card's IPv6 as it was.
-pub(super) fn give_back(state: &State, record: &Record, netdev: &str, plan: &mut Plan) {
-    if let Some(value) = &record.disable_ipv6 {
-        plan.steps.extend(sysctl(state, netdev, &disable_ipv6(netdev), value));
-    }
-}
-
-/// The path of a link's disable_ipv6. A port has no IPv6 of its own: it would hear nothing, and ask for routers in vain.
-pub(super) fn disable_ipv6(dev: &str) -> String {
-    format!("net/ipv6/conf/{dev}/disable_ipv6")
-}
-
-/// Writes a sysctl if the kernel has IPv6 and the value differs.
-pub(super) fn sysctl(state: &State, dev: &str, path: &str, value: &str) -> Option<Step> {
-    let had = state.sysctls.get(path);
-    let known = state.sysctls.contains_key("net/ipv6/conf/default/disable_ipv6") || !path.starts_with("net/ipv6");
-    let new = !state.links.contains_key(dev) || had.is_none();
-    let differs = had.is_some_and(|had| had != value);
-    (known && (new || differs)).then(|| Step::Sysctl { path: path.to_owned(), value: value.to_owned() })
-}
-
-/// The kernel is not to invent a link-local address for a link that gets the card's.
-pub(super) fn own_link_local(state: &State, dev: &str) -> Option<Step> {
-    sysctl(state, dev, &format!("net/ipv6/conf/{dev}/addr_gen_mode"), "1")
-}
-
-/// A card's settings that follow its addresses, where they differ from what a new link gets.
-pub(super) fn copy_settings(state: &State, from: &str, to: &str, plan: &mut Plan) {
-    for setting in SETTINGS {
-        let (family, name) = setting;
-        let of = |dev: &str| format!("net/{family}/conf/{dev}/{name}");
-        if let (Some(value), usual) = (state.sysctls.get(&of(from)), state.sysctls.get(&of("default")))
-            && Some(value) != usual
-        {
-            plan.push(Step::Sysctl { path: of(to), value: value.clone() });
-        }
-    }
-}
-
-/// Settings of a link that say how its addresses are used (Documentation/networking/ip-sysctl.rst).
-const SETTINGS: [(&str, &str); 26] = [
-    ("ipv4", "forwarding"),
-    ("ipv4", "rp_filter"),
-    ("ipv4", "proxy_arp"),
-    ("ipv4", "accept_redirects"),
-    ("ipv4", "secure_redirects"),
-    ("ipv4", "send_redirects"),
-    ("ipv4", "accept_source_route"),
-    ("ipv4", "arp_filter"),
-    ("ipv4", "arp_announce"),
-    ("ipv4", "arp_ignore"),
-    ("ipv4", "arp_notify"),
-    ("ipv4", "arp_accept"),
-    ("ipv4", "log_martians"),
-    ("ipv4", "route_localnet"),
-    ("ipv4", "promote_secondaries"),
-    ("ipv4", "src_valid_mark"),
-    ("ipv6", "disable_ipv6"),
-    ("ipv6", "forwarding"),
-    ("ipv6", "accept_ra"),
-    ("ipv6", "accept_ra_defrtr"),
-    ("ipv6", "accept_ra_pinfo"),
-    ("ipv6", "accept_ra_rtr_pref"),
-    ("ipv6", "accept_redirects"),
-    ("ipv6", "autoconf"),
-    ("ipv6", "use_tempaddr"),
-    ("ipv6", "proxy_ndp"),
-];
-
-/// The sysctls that plans of network-bridge look at, for these links.
-pub fn sysctls<'a>(devs: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    let mut paths = Vec::new();
-    for dev in devs.into_iter().chain(["default"]) {
-        paths.extend(SETTINGS.iter().map(|(family, name)| format!("net/{family}/conf/{dev}/{name}")));
-        paths.push(format!("net/ipv6/conf/{dev}/addr_gen_mode"));
-    }
-    paths
 }

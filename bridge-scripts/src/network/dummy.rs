@@ -1,6 +1,6 @@
 //! network-dummy: nothing, as xend's script of this name; or, with words, a network of guests alone. Pure.
 
-use super::bridge::{make_bridge, stop_record};
+use super::bridge::{loudly, make_bridge, stop_record};
 use super::record::{Layout, Record};
 use super::refusal::{Refusal, refuse};
 use super::words::{Unclear, Words};
@@ -109,6 +109,7 @@ pub fn start(state: &State, request: &DummyRequest, with_device: bool) -> Result
         plan.push(Step::AddAddress(Address::new(bridge, *address, *prefix)));
     }
     plan.push(record.keep());
+    loudly(request.antispoof, bridge, &mut plan);
     Ok(plan)
 }
 

@@ -11,6 +11,7 @@ pub mod nat;
 mod record;
 mod refusal;
 pub mod route;
+mod settings;
 pub mod status;
 #[cfg(test)]
 mod tests;
@@ -91,14 +92,14 @@ enum Request {
 }
 
 impl Request {
-    fn read(program: Program, words: &Words) -> Result<Self, words::Unclear> {
+    fn read(program: Program, words: &Words, run: &Path) -> Result<Self, words::Unclear> {
         Ok(match program {
             Program::Bridge => Self::Bridge(bridge::Request::read(words)?),
             Program::Vlan => Self::Vlan(VlanRequest::read(words)?),
             Program::Dummy if words.get("bridge").is_none() && words.get("address").is_none() => Self::Nothing,
             Program::Dummy => Self::Dummy(DummyRequest::read(words)?),
             Program::Route => Self::Route(words.name("netdev")?),
-            Program::Nat => Self::Nat(NatRequest::read(words)?),
+            Program::Nat => Self::Nat(NatRequest::read(words, run)?),
         })
     }
 
@@ -143,8 +144,8 @@ pub fn run(program: Program, words: &[String], options: Options, print: &mut dyn
         return Ok(());
     }
     let words = Words::parse(program.name(), words, &Action::ALL, program.keys())?;
-    let request = Request::read(program, &words)?;
     let run = options.run.clone();
+    let request = Request::read(program, &words, &run)?;
     if words.plan || words.action == Action::Status {
         return look(&words, &request, &run, print);
     }
@@ -208,7 +209,7 @@ fn look(words: &Words, request: &Request, run: &Path, print: &mut dyn FnMut(&str
 fn read_all(read: &mut dyn FnMut(&What) -> Result<State, Error>, records: &[String]) -> Result<State, Error> {
     let links = read(&What { tables: false, ..What::default() })?;
     let names = || links.links.keys().map(String::as_str);
-    let mut sysctls = bridge::sysctls(names());
+    let mut sysctls = settings::sysctls(names());
     sysctls.extend(forwarding::sysctls(names()));
     read(&What { sysctls, records: records.to_vec(), ..What::everything() })
 }

@@ -1,6 +1,7 @@
 //! network-nat: guests reach the world behind the machine's own address. Pure.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
 
 use super::dummy::parse_network;
 use super::forwarding;
@@ -19,6 +20,12 @@ pub const KEYS: [&str; 3] = ["netdev", "network", "dhcp"];
 pub const TABLE: &str = "xen-nat";
 /// The file for dnsmasq, in the run directory.
 pub const DNSMASQ: &str = "dnsmasq-xen-nat.conf";
+/// The guests' addresses for dnsmasq, a line each, in the run directory. vif-nat writes them.
+pub const HOSTS: &str = "dnsmasq-hosts";
+/// Where dnsmasq writes its number, in the run directory.
+pub const PID: &str = "dnsmasq.pid";
+/// The network of the addresses that vif-nat makes of guests' numbers: 10.D.E.N for the domain 256·D + E, at most 32751.
+pub const USUAL: (IpAddr, u8) = (IpAddr::V4(Ipv4Addr::new(10, 0, 0, 0)), 9);
 const USER: &str = "nat";
 
 /// What was asked of network-nat.
@@ -30,6 +37,8 @@ pub struct NatRequest {
     pub networks: Vec<(IpAddr, u8)>,
     /// Whether guests get their addresses by DHCP.
     pub dhcp: bool,
+    /// The run directory, which dnsmasq's configuration names.
+    pub run: PathBuf,
 }
 
 impl NatRequest {
@@ -38,13 +47,14 @@ impl NatRequest {
     /// # Errors
     ///
     /// A value that makes no sense, with a caret under it.
-    pub fn read(words: &Words) -> Result<Self, Unclear> {
+    pub fn read(words: &Words, run: &Path) -> Result<Self, Unclear> {
         let mut networks = Vec::new();
         for text in words.get("network").unwrap_or_default().split(',').filter(|text| !text.is_empty()) {
             let (address, prefix) = parse_network(text).map_err(|message| words.unclear("network", message))?;
             networks.push((network(address, prefix), prefix));
         }
-        Ok(Self { netdev: words.name("netdev")?, networks, dhcp: words.yes_or_no("dhcp")?.unwrap_or(false) })
+        let dhcp = words.yes_or_no("dhcp")?.unwrap_or(false);
+        Ok(Self { netdev: words.name("netdev")?, networks, dhcp, run: run.to_owned() })
     }
 }
 
@@ -62,7 +72,7 @@ pub fn start(state: &State, request: &NatRequest) -> Result<Plan, Refusal> {
         plan.push(Step::Table(wanted));
     }
     forwarding::start(state, USER, &[], &mut plan);
-    let dnsmasq = request.dhcp.then(|| hand_over(&request.networks));
+    let dnsmasq = request.dhcp.then(|| hand_over(&request.networks, &request.run));
     if state.records.get(DNSMASQ) != dnsmasq.as_ref() {
         plan.push(Step::Record { name: DNSMASQ.to_owned(), content: dnsmasq });
     }
@@ -88,7 +98,7 @@ pub fn stop(state: &State) -> Result<Plan, Refusal> {
 
 /// Our table: what leaves by the card gets the card's address; what claims to come from the guests' networks does not
 /// come in by the card.
-fn table(netdev: &str, networks: &[(IpAddr, u8)]) -> Table {
+pub(crate) fn table(netdev: &str, networks: &[(IpAddr, u8)]) -> Table {
     let source = |address: &IpAddr| if address.is_ipv4() { Field::IpSaddr } else { Field::Ip6Saddr };
     let out = || Match::is(Field::Oifname, netdev);
     let mut leaving = Vec::new();
@@ -116,23 +126,27 @@ fn table(netdev: &str, networks: &[(IpAddr, u8)]) -> Table {
     }
 }
 
-/// What dnsmasq(8) has to know. It binds to guests' interfaces as they come.
-fn hand_over(networks: &[(IpAddr, u8)]) -> String {
-    let mut text = "# Written by network-nat start dhcp=yes; gone with network-nat stop.\n\
-                    interface=vif*\nbind-dynamic\nexcept-interface=lo\ndhcp-authoritative\n"
-        .to_owned();
-    let usual = [(IpAddr::from([10, 0, 0, 0]), 16)];
-    for (address, prefix) in if networks.is_empty() { &usual[..] } else { networks } {
+/// What dnsmasq(8) has to know. It binds to guests' interfaces as they come, and gives each guest the address that vif-nat
+/// has for it and no other: only that one is routed.
+fn hand_over(networks: &[(IpAddr, u8)], run: &Path) -> String {
+    let file = |name: &str| run.join(name).display().to_string();
+    let mut text = format!(
+        "# Written by network-nat start dhcp=yes; gone with network-nat stop.\n\
+         interface=vif*\nbind-dynamic\nexcept-interface=lo\ndhcp-authoritative\n\
+         # Answers go to everybody, instead of into the ARP table, where vif-nat has entered the guest for good.\n\
+         dhcp-broadcast\n\
+         dhcp-hostsfile={}\ndhcp-leasefile={}\npid-file={}\n",
+        file(HOSTS),
+        file("dnsmasq.leases"),
+        file(PID)
+    );
+    for (address, prefix) in if networks.is_empty() { &[USUAL][..] } else { networks } {
         match address {
             IpAddr::V4(first) => {
-                let mask = u32::MAX.checked_shl(32 - u32::from(*prefix)).unwrap_or(0);
-                let host = |number: u32| std::net::Ipv4Addr::from(number);
-                // Neither the network's own address nor its broadcast address.
-                let (low, high) =
-                    (host(first.to_bits() | u32::from(mask != u32::MAX)), host((first.to_bits() | !mask) & !1));
-                text += &format!("dhcp-range={low},{high},{},1h\n", host(mask));
+                let mask = Ipv4Addr::from(u32::MAX.checked_shl(32 - u32::from(*prefix)).unwrap_or(0));
+                text += &format!("dhcp-range={first},static,{mask},1h\n");
             }
-            IpAddr::V6(first) => text += &format!("enable-ra\ndhcp-range={first},ra-only,{prefix}\n"),
+            IpAddr::V6(_) => text += &format!("# {address}/{prefix}: no DHCPv6, these guests are configured by hand\n"),
         }
     }
     text

@@ -46,7 +46,9 @@ fn row(state: &State, name: &str, link: &LinkState) -> Vec<String> {
     let ports: Vec<&str> = state.ports_of(name).filter(|port| Some(*port) != card.as_deref()).collect();
     let guests =
         ports.iter().filter(|port| state.tables.iter().any(|table| table.name == format!("xen-{port}"))).count();
-    let said = match record.and_then(|record| record.antispoof) {
+    let own = record.as_ref().and_then(|record| record.own_port.as_ref());
+    let all = ports.iter().filter(|port| own.is_none_or(|own| own != *port)).count();
+    let said = match record.as_ref().and_then(|record| record.antispoof) {
         Some(true) => ", antispoof=yes",
         Some(false) => ", antispoof=no",
         None => "",
@@ -59,7 +61,7 @@ fn row(state: &State, name: &str, link: &LinkState) -> Vec<String> {
         layout.to_owned(),
         list(&addresses),
         list(&ports),
-        format!("{guests} of {} ports{said}", ports.len()),
+        format!("{guests} of {all} ports{said}"),
     ]
 }
 

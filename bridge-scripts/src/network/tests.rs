@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use super::bridge::{self, Request};
 use super::record::Layout;
+use super::settings;
 use super::vlan::{self, VlanRequest};
 use crate::plan::Plan;
 use crate::state::{Address, Kind, LinkState, Mac, Route, State};
@@ -23,7 +24,7 @@ fn machine() -> State {
     state.addresses.push(Address::new("eth0", "2001:db8::2".parse().unwrap(), 64));
     let gateway = Some("192.0.2.1".parse().unwrap());
     state.routes.push(Route { gateway, scope: 0, ..Route::new(None, false, "eth0") });
-    for path in bridge::sysctls(["lo", "eth0", "eth1"]) {
+    for path in settings::sysctls(["lo", "eth0", "eth1"]) {
         state.sysctls.insert(path, "0".into());
     }
     state
@@ -55,7 +56,7 @@ fn every_plan_can_be_undone_on_paper() {
     let mut before = machine();
     before.addresses.sort_by_key(|address| address.local);
     for layout in [Layout::Bridge, Layout::Xen3] {
-        let start = bridge::start(&before, &Request { layout, ..request("eth0") }).unwrap();
+        let start = bridge::start(&before, &Request { layout: Some(layout), ..request("eth0") }).unwrap();
         assert_eq!(undone(&start, &before), before, "{layout:?} start");
         let mut started = start.outcome(&before);
         started.addresses.sort_by_key(|address| address.local);
@@ -68,7 +69,7 @@ fn every_plan_can_be_undone_on_paper() {
             (&before.links, &before.addresses, &before.routes)
         );
         assert_eq!(stopped.records, BTreeMap::new());
-        assert_eq!(bridge::start(&started, &Request { layout, ..request("eth0") }).unwrap().steps, []);
+        assert_eq!(bridge::start(&started, &Request { layout: Some(layout), ..request("eth0") }).unwrap().steps, []);
     }
 }
 
@@ -105,7 +106,7 @@ fn a_bond_is_a_card_and_keeps_its_slaves() {
     let said = bridge::start(&state, &request("eth1")).unwrap_err().to_string();
     assert!(said.contains("in bond0 already"), "{said}");
     for layout in [Layout::Bridge, Layout::Xen3] {
-        let start = bridge::start(&state, &Request { layout, ..request("bond0") }).unwrap();
+        let start = bridge::start(&state, &Request { layout: Some(layout), ..request("bond0") }).unwrap();
         let started = start.outcome(&state);
         let bond = if layout == Layout::Xen3 { "pbond0" } else { "bond0" };
         assert_eq!(started.ports_of(bond).collect::<Vec<_>>(), ["eth0", "eth1"], "{}", steps(&start));

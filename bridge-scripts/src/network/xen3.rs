@@ -1,10 +1,11 @@
 //! Xen 3's layout: eth0 becomes peth0, and dom0 keeps an interface named eth0, which is one end of a pair whose other end,
 //! vif0.0, is a port of the bridge. In those days the driver netloop made the pair.
 
-use super::bridge::{copy_settings, disable_ipv6, give_back, make_bridge, own_link_local, sysctl};
+use super::bridge::make_bridge;
 use super::moving::Luggage;
 use super::record::Record;
 use super::refusal::{Refusal, refuse};
+use super::settings::{copy_settings, disable_ipv6, give_back, own_link_local, sysctl};
 use super::words::bad_name;
 use crate::plan::Plan;
 use crate::state::{Kind, Mac, State};

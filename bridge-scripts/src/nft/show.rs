@@ -49,7 +49,7 @@ impl Display for Set {
 
 /// An address, a network if the range is one, else the range.
 fn range(first: IpAddr, last: IpAddr) -> String {
-    let (low, high) = (super::number(first), super::number(last));
+    let (low, high) = (super::set::number(first), super::set::number(last));
     if low == high {
         return first.to_string();
     }

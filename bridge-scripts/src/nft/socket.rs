@@ -94,12 +94,27 @@ impl Nft {
     /// # Errors
     /// What the kernel refused first, and why. Nothing was changed then.
     pub fn apply(&mut self, changes: &[Change]) -> Result<(), Error> {
+        let replaces = changes.iter().any(|change| matches!(change, Change::Replace(_)));
+        let there = if replaces { self.tables()? } else { Vec::new() };
+        // Once a table was deleted the kernel lets the socket close only after all processors have seen it, which takes
+        // many milliseconds. A new table needs no deletion.
+        let new = |table: &Table| !there.iter().any(|(family, name)| (*family, name) == (table.family, &table.name));
+        match self.commit(changes, new) {
+            // Somebody made it since.
+            Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(libc::EEXIST) => {
+                self.commit(changes, |_| false)
+            }
+            other => other,
+        }
+    }
+
+    fn commit(&mut self, changes: &[Change], new: impl Fn(&Table) -> bool) -> Result<(), Error> {
         let mut parts: Vec<(&Change, Part)> = Vec::new();
         for change in changes {
             let of_change = match change {
                 Change::Replace(table) => {
                     table.check()?;
-                    encode::replace(table)
+                    encode::replace(table, new(table))
                 }
                 Change::Delete(family, name) => encode::delete(*family, name),
             };
@@ -111,17 +126,19 @@ impl Nft {
             |message| NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM), message);
         let mut bytes = Vec::new();
         emit(&mut bytes, FIRST, 0, batch(ControlMessage::BatchBegin));
-        for (sequence, (_, part)) in (FIRST + 1..).zip(&parts) {
+        let mut about: Vec<(&Change, String)> = Vec::with_capacity(parts.len());
+        for (sequence, (change, part)) in (FIRST + 1..).zip(parts) {
             // Only the last asks for an answer: it comes if all went well, and after the refusals if not.
             let acknowledge = if sequence == last { NLM_F_ACK } else { 0 };
-            emit(&mut bytes, sequence, part.flags | acknowledge, part.message.clone());
+            emit(&mut bytes, sequence, part.flags | acknowledge, part.message);
+            about.push((change, part.about));
         }
         emit(&mut bytes, last + 1, 0, batch(ControlMessage::BatchEnd));
         self.send(&bytes)?;
         self.verdict(last, |sequence| {
             let index = usize::try_from(sequence.checked_sub(FIRST + 1)?).ok()?;
-            let (change, part) = parts.get(index)?;
-            Some((change.about(), part.about.clone()))
+            let (change, part) = about.get(index)?;
+            Some((change.about(), part.clone()))
         })
     }
 

@@ -8,6 +8,7 @@
 //! The answer is in `hotplug-status`, `connected` or `error`, and `hotplug-error` says why; the guest is told its MTU.
 //! Nothing of an interface is left half done: see [`crate::apply`].
 
+mod dnsmasq;
 mod nat;
 mod plan;
 mod program;
@@ -219,8 +220,18 @@ impl Request<'_> {
     /// Does what the event asks for, and returns what the administrator should know.
     fn run(&self, store: &Client, script: Script) -> Result<Vec<String>, Error> {
         let mut session = Session::open(self.options.clone())?;
-        let (plan, before, settings) = self.plan(store, script, &mut session)?;
+        let (mut plan, before, settings) = self.plan(store, script, &mut session)?;
         session.apply(&plan, &before)?;
+        if settings.script != Script::Bridge && !plan.is_empty() {
+            // Whoever has the address next is not to get answers meant for another guest, nor the other way round.
+            let sources = plan::sources(&settings).0;
+            if let Err(error) = crate::link::forget_connections(&sources) {
+                plan.notes.push(format!("connections of {} are not forgotten: {error}", settings.vif));
+            }
+        }
+        if settings.script == Script::Nat {
+            plan.notes.extend(dnsmasq::reread(&self.options.run));
+        }
         drop(session);
         if self.event == Event::Online {
             self.tell_mtu(store, &settings, &plan.outcome(&before))?;
@@ -232,20 +243,25 @@ impl Request<'_> {
         let tap = self.event.is_tap();
         let asked = settings::read(store, self.backend, script, self.vif, tap, self.words);
         if self.event.comes() {
-            let mut settings = asked?;
-            let before = read(session, &settings)?;
+            let mut asked = asked?;
+            let mut before = read(session, &asked.settings)?;
             if script == Script::Bridge {
-                let bridge = match bridge_of(&settings, &before) {
+                let named = &asked.settings;
+                let bridge = match bridge_of(named, &before) {
                     // Not among what was read, which is what was named.
                     Err(Error::NoBridge | Error::BridgeMissing(_)) => {
-                        bridge_of(&settings, &session.read(&What::default())?)?
+                        bridge_of(named, &session.read(&What::default())?)?
                     }
                     other => other?,
                 };
-                settings.bridge = Some(bridge);
+                if asked.settings.bridge.as_ref() != Some(&bridge) {
+                    asked.settings.bridge = Some(bridge);
+                    before = read(session, &asked.settings)?;
+                }
             }
-            let before = read(session, &settings)?;
-            let plan = online(&settings, &before)?;
+            let (settings, unfiltered) = asked.decide(&self.options.run)?;
+            let mut plan = online(&settings, &before)?;
+            plan.notes.extend(unfiltered);
             return Ok((plan, before, settings));
         }
         // What was done is more to the point than what XenStore says now, if it says anything.
@@ -255,7 +271,7 @@ impl Request<'_> {
         let settings = match (kept, asked) {
             (Some(settings), _) => settings,
             // It never came online here, so that a device of its other name would be somebody else's.
-            (None, Ok(settings)) => Settings { name: settings.vif.clone(), ..settings },
+            (None, Ok(asked)) => Settings { name: asked.settings.vif.clone(), ..asked.settings },
             (None, Err(_)) => Settings::new(script, self.vif, crate::state::Mac::XEN),
         };
         let before = read(session, &settings)?;
@@ -305,7 +321,7 @@ fn read(session: &mut Session, settings: &Settings) -> Result<State, Error> {
         routes: settings.script != Script::Bridge,
         tables: true,
         vlans: settings.vlans.is_some(),
-        records: vec![record_name(&settings.vif), nat::HOSTS.to_owned()],
+        records: vec![record_name(&settings.vif), dnsmasq::HOSTS.to_owned(), dnsmasq::CONF.to_owned()],
         ..What::default()
     };
     for name in &names {

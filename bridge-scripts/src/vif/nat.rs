@@ -1,25 +1,21 @@
 //! vif-nat: a guest behind dom0's address.
 //!
 //! Without `ip=` the guest's address follows from its numbers, as the stock script has it: 10.D.E.N for the domain
-//! 256·D + E and its interface N − 1, and the gateway is 127 above in the last byte. dom0 tells neither to the guest; it
-//! keeps a line for dnsmasq, `MAC,ADDRESS,NAME`, in the file dnsmasq-hosts of the run directory (`dhcp-hostsfile=`).
+//! 256·D + E and its interface N − 1, and the gateway is 127 above in the last byte. dom0 tells neither to the guest:
+//! that is left to dnsmasq, see [`super::dnsmasq`].
 //!
-//! Packets are masqueraded by the table `inet xen-nat` of network-nat. Where that is missing the interface brings a
-//! table of its own, `inet xen-nat-VIF`.
+//! Packets are masqueraded by the table `inet xen-nat` of network-nat. Where that is missing, or is for other networks, the
+//! interface brings a table of its own, `inet xen-nat-VIF`.
 
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::plan::Draft;
 use super::settings::Settings;
 use super::words::Network;
-use super::{Error, route};
+use super::{Error, dnsmasq, route};
+use crate::network::nat::TABLE;
 use crate::nft::{Action, Chain, Family, Field, Hook, HookKind, HookPoint, Match, Policy, Rule, Table};
 use crate::step::Step;
-
-/// The table of network-nat.
-pub(super) const TABLE: &str = "xen-nat";
-/// dnsmasq's file.
-pub(super) const HOSTS: &str = "dnsmasq-hosts";
 
 /// The guest's addresses: its own, or the one that follows from its numbers.
 pub(super) fn addresses(settings: &Settings) -> Vec<Network> {
@@ -75,18 +71,32 @@ pub(super) fn online(draft: &mut Draft<'_>) -> Result<(), Error> {
         .iter()
         .map(|network| ((network.address, network.prefix), v4(*network).map(|address| router(address).into())))
         .collect();
-    if before.table(Family::Inet, TABLE).is_none() {
+    let theirs = before.table(Family::Inet, TABLE).and_then(|table| table.content.as_ref());
+    let masqueraded = |guest: &Network| theirs.is_some_and(|table| masquerades(table, guest.address));
+    if guests.iter().all(masqueraded) {
+        draft.drop_table(Family::Inet, &own_table(&settings.name));
+    } else {
         draft.table(masquerade(&settings.name, &guests, route::gateway(settings, before).as_deref()));
     }
     route::endpoint(draft, &routers, &routes, &guests);
     if let Some(address) = guests.iter().find_map(|network| v4(*network)) {
-        let had = before.records.get(HOSTS).map_or("", String::as_str);
-        let now = with_host(had, settings, Some(address));
-        if now != had {
-            draft.push(Step::Record { name: HOSTS.to_owned(), content: Some(now) });
-        }
+        dnsmasq::enter(draft, address);
     }
     Ok(())
+}
+
+/// Whether network-nat's table has a rule for this address.
+fn masquerades(table: &Table, address: IpAddr) -> bool {
+    let rules = table.chains.iter().flat_map(|chain| &chain.rules);
+    rules.filter(|rule| rule.action == Action::Masquerade).any(|rule| {
+        rule.matches.iter().all(|part| match part {
+            Match::Network { field: Field::IpSaddr | Field::Ip6Saddr, not: false, network, prefix } => {
+                let inside = |address| Network { address, prefix: *prefix }.network();
+                network.is_ipv4() == address.is_ipv4() && inside(*network) == inside(address)
+            }
+            _ => true,
+        })
+    })
 }
 
 /// The table of an interface for which nobody has made one.
@@ -115,33 +125,12 @@ fn masquerade(vif: &str, guests: &[Network], out: Option<&str>) -> Table {
     Table { family: Family::Inet, name: own_table(vif), sets: Vec::new(), chains: vec![chain] }
 }
 
-/// dnsmasq's lines with this guest's, or without.
-fn with_host(lines: &str, settings: &Settings, address: Option<Ipv4Addr>) -> String {
-    let own = format!("{},", settings.mac);
-    let mut now: Vec<String> = lines.lines().filter(|line| !line.starts_with(&own)).map(str::to_owned).collect();
-    if let Some(address) = address {
-        let mut name = format!("dom{}", settings.domid);
-        if settings.handle > 0 {
-            name = format!("{name}-{}", settings.handle + 1);
-        }
-        now.push(format!("{own}{address},{name}"));
-    }
-    now.sort();
-    now.into_iter().map(|line| line + "\n").collect()
-}
-
 /// What is left when the interface is gone.
 pub(super) fn forget(draft: &mut Draft<'_>) {
     for name in [&draft.settings.name, &draft.settings.vif] {
         let table = own_table(name);
         if !draft.steps.contains(&Step::DropTable(Family::Inet, table.clone())) {
             draft.drop_table(Family::Inet, &table);
-        }
-    }
-    if let Some(had) = draft.before.records.get(HOSTS) {
-        let now = with_host(had, draft.settings, None);
-        if now != *had {
-            draft.push(Step::Record { name: HOSTS.to_owned(), content: Some(now) });
         }
     }
 }
@@ -167,15 +156,13 @@ mod tests {
     }
 
     #[test]
-    fn lines_for_dnsmasq() {
-        let mut one = Settings::new(Script::Nat, "vif1.0", Mac([0, 0x16, 0x3e, 0, 0, 1]));
-        one.domid = 1;
-        let two = Settings { mac: Mac([0, 0x16, 0x3e, 0, 0, 2]), handle: 1, ..one.clone() };
-        let first = with_host("", &one, Some(Ipv4Addr::new(10, 0, 1, 1)));
-        assert_eq!(first, "00:16:3e:00:00:01,10.0.1.1,dom1\n");
-        let both = with_host(&first, &two, Some(Ipv4Addr::new(10, 0, 1, 2)));
-        assert_eq!(both, format!("{first}00:16:3e:00:00:02,10.0.1.2,dom1-2\n"));
-        assert_eq!(with_host(&both, &one, Some(Ipv4Addr::new(10, 0, 1, 1))), both);
-        assert_eq!(with_host(&both, &two, None), first);
+    fn whom_network_nat_masquerades() {
+        let covered = |networks: &[(&str, u8)], address: &str| {
+            let networks: Vec<_> = networks.iter().map(|(text, prefix)| (text.parse().unwrap(), *prefix)).collect();
+            masquerades(&crate::network::nat::table("eth0", &networks), address.parse().unwrap())
+        };
+        assert!(covered(&[], "10.0.1.1") && covered(&[], "fd00::1"));
+        assert!(covered(&[("10.0.0.0", 16)], "10.0.1.1") && !covered(&[("10.0.0.0", 16)], "10.1.1.1"));
+        assert!(!covered(&[("10.0.0.0", 16)], "fd00::1") && covered(&[("10.0.0.0", 16), ("fd00::", 64)], "fd00::1"));
     }
 }

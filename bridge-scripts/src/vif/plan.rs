@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use super::settings::Settings;
-use super::{Error, Script, nat, route};
+use super::{Error, Script, dnsmasq, nat, route};
 use crate::antispoof::{self, Rules};
 use crate::nft::{Family, Table};
 use crate::plan::Plan;
@@ -29,6 +29,8 @@ pub(super) struct Draft<'a> {
     pub(super) was: String,
     pub(super) steps: Vec<Step>,
     pub(super) notes: Vec<String>,
+    /// What was asked when it came online last, if it did.
+    pub(super) old: Option<Settings>,
 }
 
 impl Draft<'_> {
@@ -99,7 +101,8 @@ pub fn online(settings: &Settings, before: &State) -> Result<Plan, Error> {
         (false, true) if before.records.contains_key(&record_name(vif)) => name.clone(),
         _ => return Err(Error::NoVif(vif.clone())),
     };
-    let mut draft = Draft { settings, before, was, steps: Vec::new(), notes: Vec::new() };
+    let old = before.records.get(&record_name(vif)).and_then(|text| serde_json::from_str(text).ok());
+    let mut draft = Draft { settings, before, was, steps: Vec::new(), notes: Vec::new(), old };
     if draft.was != *name {
         draft.push(Step::Rename { from: draft.was.clone(), to: name.clone() });
     }
@@ -124,10 +127,13 @@ pub fn online(settings: &Settings, before: &State) -> Result<Plan, Error> {
     }
     let up = draft.link().is_some_and(|link| link.up);
     let switched = draft.steps.iter().any(|step| matches!(step, Step::SetUp { .. }));
-    if up && (switched || settings.script == Script::Bridge && !draft.steps.is_empty()) {
+    let routed = settings.script != Script::Bridge;
+    let mut first = if routed && switched { clear(&draft) } else { Vec::new() };
+    if up && (switched || !routed && !draft.steps.is_empty()) {
         // Nothing is changed under a guest that sends.
-        draft.steps.insert(0, Step::SetUp { link: draft.was.clone(), up: false });
+        first.push(Step::SetUp { link: draft.was.clone(), up: false });
     }
+    draft.steps.splice(0..0, first);
     if !switched && (!up || settings.script == Script::Bridge && !draft.steps.is_empty()) {
         draft.push(Step::SetUp { link: name.clone(), up: true });
     }
@@ -144,16 +150,10 @@ pub fn online(settings: &Settings, before: &State) -> Result<Plan, Error> {
 pub fn offline(settings: &Settings, before: &State) -> Plan {
     let name = [&settings.name, &settings.vif].into_iter().find(|name| before.links.contains_key(*name));
     let was = name.unwrap_or(&settings.name).clone();
-    let mut draft = Draft { settings, before, was: was.clone(), steps: Vec::new(), notes: Vec::new() };
+    let mut draft = Draft { settings, before, was: was.clone(), steps: Vec::new(), notes: Vec::new(), old: None };
     if let Some(link) = before.links.get(&was) {
         if settings.script != Script::Bridge {
-            // Before it is switched off, which would take them away behind the journal's back.
-            let own = |route: &&Route| route.uses(&was) && route.table == 254 && route.protocol != KERNEL;
-            draft.steps.extend(before.routes.iter().filter(own).cloned().map(Step::RemoveRoute));
-            let entries = before.neighbours.iter().filter(|entry| entry.dev == was).cloned();
-            draft.steps.extend(entries.map(Step::RemoveNeighbour));
-            let addresses = before.addresses.iter().filter(|own| own.dev == was && !is_link_local(own.local)).cloned();
-            draft.steps.extend(addresses.map(Step::RemoveAddress));
+            draft.steps = clear(&draft);
         }
         if link.up {
             draft.push(Step::SetUp { link: was.clone(), up: false });
@@ -171,13 +171,16 @@ pub fn offline(settings: &Settings, before: &State) -> Plan {
         draft.push(Step::Rename { from: settings.name.clone(), to: settings.vif.clone() });
     }
     if settings.script != Script::Bridge {
-        route::forget(&mut draft);
+        route::forget(&mut draft, &settings.addresses);
         nat::forget(&mut draft);
+        dnsmasq::forget(&mut draft);
     }
     for name in [&settings.name, &settings.vif] {
-        let table = antispoof::table_name(name);
-        if !draft.steps.contains(&Step::DropTable(Family::Netdev, table.clone())) {
-            draft.drop_table(Family::Netdev, &table);
+        let tables = [(Family::Netdev, antispoof::table_name(name)), (Family::Inet, route::own_table_name(name))];
+        for (family, table) in tables {
+            if !draft.steps.contains(&Step::DropTable(family, table.clone())) {
+                draft.drop_table(family, &table);
+            }
         }
     }
     let record = record_name(&settings.vif);
@@ -185,6 +188,20 @@ pub fn offline(settings: &Settings, before: &State) -> Plan {
         draft.push(Step::Record { name: record, content: None });
     }
     finish(draft, "offline")
+}
+
+/// Takes away what is routed through the interface, before it is switched off: that would take it away too, but behind the
+/// journal's back.
+fn clear(draft: &Draft<'_>) -> Vec<Step> {
+    let Draft { before, was, .. } = draft;
+    let own = |route: &&Route| route.uses(was) && route.table == 254 && route.protocol != KERNEL;
+    let mut steps: Vec<Step> = before.routes.iter().filter(own).cloned().map(Step::RemoveRoute).collect();
+    let entries = before.neighbours.iter().filter(|entry| entry.dev == *was).cloned();
+    steps.extend(entries.map(Step::RemoveNeighbour));
+    // The last first: the first of a network takes the others with it, and they shall come back in their order.
+    let addresses = before.addresses.iter().rev().filter(|own| own.dev == *was && !is_link_local(own.local)).cloned();
+    steps.extend(addresses.map(Step::RemoveAddress));
+    steps
 }
 
 fn finish(draft: Draft<'_>, event: &str) -> Plan {
@@ -206,6 +223,15 @@ fn set_mtu(draft: &mut Draft<'_>, mtu: u32) {
     }
 }
 
+/// The addresses the guest may send from, and those it must not use though they are among them.
+pub(super) fn sources(settings: &Settings) -> (Vec<(IpAddr, u8)>, Vec<IpAddr>) {
+    match settings.script {
+        Script::Bridge => (settings.addresses.iter().map(|network| network.source()).collect(), Vec::new()),
+        Script::Route => route::sources(settings),
+        Script::Nat => nat::sources(settings),
+    }
+}
+
 /// The filter of what the guest sends, or a loud word that there is none.
 fn filter(draft: &mut Draft<'_>) {
     let settings = draft.settings;
@@ -215,13 +241,13 @@ fn filter(draft: &mut Draft<'_>) {
             settings.domid, settings.name
         ));
         draft.drop_table(Family::Netdev, &antispoof::table_name(&settings.name));
+        draft.drop_table(Family::Inet, &route::own_table_name(&settings.name));
         return;
     }
     let mut rules = Rules::new(settings.mac);
-    match settings.script {
-        Script::Bridge => rules.addresses = settings.addresses.iter().map(|network| network.source()).collect(),
-        Script::Route => (rules.addresses, rules.except) = route::sources(settings, draft.before),
-        Script::Nat => (rules.addresses, rules.except) = nat::sources(settings),
+    (rules.addresses, rules.except) = sources(settings);
+    if settings.script != Script::Bridge {
+        draft.table(route::own_table(&settings.name, &rules.addresses));
     }
     if let Some(vlans) = &settings.vlans {
         rules.vlans.tagged = vlans.tagged_ranges();
@@ -229,7 +255,7 @@ fn filter(draft: &mut Draft<'_>) {
     draft.table(antispoof::table(&settings.name, &rules));
 }
 
-/// The bridge of an interface: the one that is named, the machine's first if none is; `ethN` for an `xenbrN` that does
+/// The bridge of an interface: the one that is named; if none is, xenbr0 as xl has it, or the machine's first; `ethN` for an `xenbrN` that does
 /// not exist, as the stock script has it for configurations of old.
 ///
 /// # Errors
@@ -237,8 +263,9 @@ fn filter(draft: &mut Draft<'_>) {
 pub fn bridge_of(settings: &Settings, before: &State) -> Result<String, Error> {
     let is_bridge = |name: &str| before.links.get(name).is_some_and(LinkState::is_bridge);
     let Some(name) = &settings.bridge else {
-        let first = before.links.iter().find(|(_, link)| link.is_bridge());
-        return first.map(|(name, _)| name.clone()).ok_or(Error::NoBridge);
+        let mut bridges = before.links.keys().filter(|name| is_bridge(name));
+        let usual = is_bridge("xenbr0").then(|| "xenbr0".to_owned());
+        return usual.or_else(|| bridges.next().cloned()).ok_or(Error::NoBridge);
     };
     if is_bridge(name) {
         return Ok(name.clone());

@@ -17,6 +17,7 @@ use super::Error;
 use super::plan::{Draft, is_link_local};
 use super::settings::Settings;
 use super::words::Network;
+use crate::nft::{Action, Chain, Family, Field, Hook, HookKind, HookPoint, Match, Policy, Rule, Set, SetKind, Table};
 use crate::state::{Address, Neighbour, Route, State};
 use crate::step::Step;
 
@@ -24,7 +25,7 @@ use crate::step::Step;
 pub(super) const GATEWAY6: &str = "fe80::fcff:ffff:feff:ffff";
 
 /// What the guest may send from, and what not though it is inside: dom0's ends.
-pub(super) fn sources(settings: &Settings, _before: &State) -> (Vec<(IpAddr, u8)>, Vec<IpAddr>) {
+pub(super) fn sources(settings: &Settings) -> (Vec<(IpAddr, u8)>, Vec<IpAddr>) {
     // Behind a router a guest's network is all its own.
     let addresses = settings.addresses.iter().map(|network| network.network()).collect();
     let mut except: Vec<IpAddr> = settings.addresses.iter().filter_map(|network| own_end(*network)).collect();
@@ -82,6 +83,11 @@ pub(super) fn online(draft: &mut Draft<'_>) -> Result<(), Error> {
         }
     }
     addresses.dedup();
+    let gone: Vec<Network> = match &draft.old {
+        Some(old) => old.addresses.iter().filter(|network| !settings.addresses.contains(network)).copied().collect(),
+        None => Vec::new(),
+    };
+    forget(draft, &gone);
     endpoint(draft, &addresses, &routes, &settings.addresses.clone());
     if let Some(gateway) = gateway {
         for address in proxied {
@@ -169,16 +175,12 @@ pub(super) fn endpoint(
     let there = addresses.iter().all(had)
         && routes.iter().all(|(to, _)| routed(*to))
         && stations.iter().all(|network| before.neighbours.contains(&entry(&was, network)));
-    if up && there && draft.steps.is_empty() {
+    if up && there && draft.steps.is_empty() && draft.old.as_ref() == Some(draft.settings) {
         return;
     }
     let entries: Vec<Neighbour> = stations.into_iter().map(|network| entry(&name, network)).collect();
-    for address in addresses {
-        // Switching off, which comes before, loses IPv6 addresses; and later routes and neighbours, of both.
-        if !had(&address) || up && address.local.is_ipv6() {
-            draft.push(Step::AddAddress(address));
-        }
-    }
+    // What was there has been cleared away.
+    draft.steps.extend(addresses.into_iter().map(Step::AddAddress));
     draft.push(Step::SetUp { link: name.clone(), up: true });
     for (to, source) in routes {
         let mut route = Route::new(Some(*to), to.0.is_ipv6(), &name);
@@ -188,9 +190,40 @@ pub(super) fn endpoint(
     draft.steps.extend(entries.into_iter().map(Step::AddNeighbour));
 }
 
-/// What is left elsewhere: entries on the gateway device.
-pub(super) fn forget(draft: &mut Draft<'_>) {
-    let addresses: Vec<IpAddr> = draft.settings.addresses.iter().filter(|n| n.is_single()).map(|n| n.address).collect();
+/// The name of the table that keeps a guest's addresses for its interface.
+pub(super) fn own_table_name(vif: &str) -> String {
+    format!("xen-own-{vif}")
+}
+
+/// Nobody else sends from a guest's addresses: what comes in by another device with one of them is dropped. dom0's own
+/// packets to itself come by the loopback device, and may have the address of its end.
+pub(super) fn own_table(vif: &str, addresses: &[(IpAddr, u8)]) -> Table {
+    let sets: Vec<Set> = [("addresses4", SetKind::Ipv4), ("addresses6", SetKind::Ipv6)]
+        .into_iter()
+        .map(|(name, kind)| Set::of(name, kind, addresses.iter().copied()))
+        .filter(|set| !set.ranges.is_empty())
+        .collect();
+    let rule = |set: &Set| {
+        let field = if set.kind == SetKind::Ipv4 { Field::IpSaddr } else { Field::Ip6Saddr };
+        let elsewhere = [Match::not(Field::Iifname, vif), Match::not(Field::Iifname, "lo")];
+        let forged = elsewhere.into_iter().chain([Match::within(field, &set.name)]).collect::<Vec<_>>();
+        Rule::new(forged, Action::Drop).counted().comment("a guest's address, from elsewhere")
+    };
+    let hook = Hook {
+        kind: HookKind::Filter,
+        point: HookPoint::Prerouting,
+        // NF_IP_PRI_RAW of linux/netfilter_ipv4.h: no connection is made of it.
+        priority: -300,
+        device: None,
+        policy: Policy::Accept,
+    };
+    let chain = Chain { name: "prerouting".to_owned(), hook: Some(hook), rules: sets.iter().map(rule).collect() };
+    Table { family: Family::Inet, name: own_table_name(vif), sets, chains: vec![chain] }
+}
+
+/// What is left elsewhere of these addresses: entries on the gateway device.
+pub(super) fn forget(draft: &mut Draft<'_>, networks: &[Network]) {
+    let addresses: Vec<IpAddr> = networks.iter().filter(|n| n.is_single()).map(|n| n.address).collect();
     let ours = |entry: &&Neighbour| entry.proxy && entry.dev != draft.was && addresses.contains(&entry.address);
     let entries: Vec<Neighbour> = draft.before.neighbours.iter().filter(ours).cloned().collect();
     draft.steps.extend(entries.into_iter().map(Step::RemoveNeighbour));

@@ -1,5 +1,6 @@
 //! What is asked for one interface: keys of its backend's directory in XenStore, words of the command line, variables,
-//! and the machine's own settings, in this order.
+//! and for `antispoof` what was said of the bridge (`network-bridge start antispoof=`), then the machine's own settings,
+//! in this order.
 //!
 //! The machine's settings are in /etc/xen/bridge-scripts.conf (for the programs, `BRIDGE_SCRIPTS_CONF` may name another
 //! file), a line each, `#` begins a comment:
@@ -91,7 +92,7 @@ pub(super) fn read(
     vif: &str,
     tap: bool,
     words: Words<'_>,
-) -> Result<Settings, Error> {
+) -> Result<Asked, Error> {
     let stored = |name: &str| -> Result<Option<String>, Error> {
         let value = store.read_opt(&format!("{backend}/{name}"))?;
         Ok(value.filter(|value| !value.is_empty()))
@@ -117,14 +118,9 @@ pub(super) fn read(
         Some(name) => Some(name),
         None => words("netdev").filter(|name| !name.is_empty()),
     };
-    let antispoof = match given("antispoof")? {
-        Some(word) => key("antispoof", words::switch(&word))?,
-        None => {
-            let file = words("BRIDGE_SCRIPTS_CONF").map(PathBuf::from);
-            machine_antispoof(&file.unwrap_or_else(|| CONF.into()), bridge.as_deref())?
-        }
-    };
-    Ok(Settings {
+    let said = given("antispoof")?.map(|word| key("antispoof", words::switch(&word))).transpose()?;
+    let conf = words("BRIDGE_SCRIPTS_CONF").map_or_else(|| CONF.into(), PathBuf::from);
+    let settings = Settings {
         script,
         vif: vif.to_owned(),
         name,
@@ -136,8 +132,41 @@ pub(super) fn read(
         mtu: stored("mtu")?.map(|text| key("mtu", words::mtu(&text))).transpose()?,
         vlans: stored("vlan")?.map(|text| key("vlan", vlan::parse(&text))).transpose()?,
         gateway: gateway.map(|name| key("gatewaydev", words::device(&name))).transpose()?,
-        antispoof,
-    })
+        antispoof: true,
+    };
+    Ok(Asked { settings, said, conf })
+}
+
+/// What is asked, before the bridge is known.
+#[derive(Debug)]
+pub(super) struct Asked {
+    /// All but whether there is a filter.
+    pub(super) settings: Settings,
+    /// What the interface itself says about its filter.
+    said: Option<bool>,
+    /// The file of the machine's settings.
+    conf: PathBuf,
+}
+
+impl Asked {
+    /// The settings, now that they name the bridge. `run` has the bridges' records. Where there is to be no filter, also
+    /// who said so.
+    ///
+    /// # Errors
+    /// The machine's settings make no sense.
+    pub(super) fn decide(self, run: &Path) -> Result<(Settings, Option<String>), Error> {
+        let bridge = self.settings.bridge.as_deref().filter(|_| self.settings.script == Script::Bridge);
+        let (antispoof, who) = if let Some(said) = self.said {
+            (said, "the interface's own settings say so".to_owned())
+        } else if let Some((bridge, said)) = bridge.and_then(|name| Some((name, crate::network::antispoof(run, name)?)))
+        {
+            (said, format!("said of the bridge {bridge} (network-bridge start antispoof=no)"))
+        } else {
+            (machine_antispoof(&self.conf, bridge)?, format!("{} says so", self.conf.display()))
+        };
+        let who = (!antispoof).then(|| format!("antispoof=off: {who}"));
+        Ok((Settings { antispoof, ..self.settings }, who))
+    }
 }
 
 fn machine_antispoof(path: &Path, bridge: Option<&str>) -> Result<bool, Error> {

@@ -37,6 +37,14 @@ pub(crate) fn alone(name: &str, body: impl FnOnce() + Send) {
     });
 }
 
+/// The same for what needs taps.
+pub(crate) fn alone_with_taps(name: &str, body: impl FnOnce() + Send) {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => alone(name, body),
+        Err(error) => println!("NOT TESTED: {name}: /dev/net/tun: {error}"),
+    }
+}
+
 /// Runs a command line (words between blanks) in this thread's namespace; its output, or what it complained about.
 pub(crate) fn try_sh(line: &str) -> Result<String, String> {
     let mut words = line.split_whitespace();
@@ -80,6 +88,60 @@ pub(crate) fn nft_reads(text: &str) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
+/// What `ip`, `bridge` and `nft` show that a program of ours may have changed, without what changes by itself.
+pub(crate) fn shown() -> String {
+    // IPv6's own addresses and groups come and go with the link.
+    let but = |text: String, own: &[&str]| {
+        let lines = text.lines().filter(|line| !own.iter().any(|word| line.contains(word)));
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    // These come in the order of a hash.
+    let sorted = |text: String| {
+        let mut lines: Vec<&str> = text.lines().collect();
+        lines.sort_unstable();
+        lines.join("\n")
+    };
+    let own = ["fe80::", "ff00::", "anycast"];
+    // Carriers follow a little later; a device that was on once keeps its queue.
+    let links = |text: String| {
+        let words = text.split(' ').map(|word| match word {
+            "noop" | "pfifo_fast" | "fq_codel" => "QUEUE",
+            "UP" | "DOWN" | "UNKNOWN" | "disabled" | "forwarding" | "learning" | "listening" => "STATE",
+            other => other,
+        });
+        words.collect::<Vec<_>>().join(" ").replace("NO-CARRIER,", "").replace(",LOWER_UP", "")
+    };
+    let parts = [
+        links(sh("ip -o link show")),
+        links(sh("bridge -d -o link show")),
+        but(sh("bridge fdb show"), &["permanent", "01:00:5e", "33:33:"]),
+        but(sh("ip -o addr show"), &own),
+        sh("ip route").replace(" linkdown", ""),
+        but(sh("ip -6 route show table all"), &own),
+        sorted(sh("ip neigh show nud permanent")),
+        sorted(sh("ip neigh show proxy")),
+        sorted(sh("ip -6 neigh show proxy")),
+        tables(&sh("nft list ruleset")),
+    ];
+    parts.join("\n")
+}
+
+/// Tables in one order: a table that is put back is listed last.
+fn tables(ruleset: &str) -> String {
+    let mut tables: Vec<&str> = ruleset.split("\n}\n").collect();
+    tables.sort_unstable();
+    tables.join("\n}\n")
+}
+
+/// Compares two of them, and shows what differs.
+#[track_caller]
+pub(crate) fn same(now: &str, wanted: &str, when: &str) {
+    let lost: Vec<&str> = wanted.lines().filter(|line| !now.contains(line)).collect();
+    let new: Vec<&str> = now.lines().filter(|line| !wanted.contains(line)).collect();
+    let first = now.lines().zip(wanted.lines()).find(|(now, wanted)| now != wanted);
+    assert!(now == wanted, "{when}: lost {lost:#?}, new {new:#?}, first {first:#?}");
+}
+
 /// A machine with an embedded XenStore and a run directory of its own.
 pub(crate) struct Scene {
     store: xenstore_client::Client,
@@ -99,6 +161,11 @@ impl Scene {
 
     pub(crate) fn run(&self) -> PathBuf {
         self.options.run.clone()
+    }
+
+    /// The machine as the variable HYPERVISOR names it.
+    pub(crate) fn hypervisor(&self) -> String {
+        format!("emu:{}", self.dir.path().join("machine").display())
     }
 
     fn backend(domid: u16, handle: u32) -> String {

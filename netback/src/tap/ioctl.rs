@@ -81,6 +81,29 @@ pub(super) fn set_carrier(fd: &OwnedFd, on: bool) -> io::Result<()> {
     done(unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETCARRIER, &raw const on) })
 }
 
+/// The interface's MTU in bytes.
+pub(super) fn mtu(name: &str) -> io::Result<u32> {
+    let mut request = ifreq(name)?;
+    // SAFETY: SIOCGIFMTU reads and writes one struct ifreq, which `request` is.
+    done(unsafe { libc::ioctl(any_socket()?.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) })?;
+    // SAFETY: the call has just written this member of the union, an int.
+    let mtu = unsafe { request.ifr_ifru.ifru_mtu };
+    Ok(mtu.cast_unsigned())
+}
+
+pub(super) fn set_mtu(name: &str, mtu: u16) -> io::Result<()> {
+    let mut request = ifreq(name)?;
+    request.ifr_ifru.ifru_mtu = mtu.into();
+    // SAFETY: SIOCSIFMTU reads one struct ifreq, which `request` is.
+    done(unsafe { libc::ioctl(any_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })
+}
+
+/// A socket of the calling thread's network namespace: tun devices do not take what concerns the MTU.
+fn any_socket() -> io::Result<OwnedFd> {
+    let (family, kind) = (rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM);
+    Ok(rustix::net::socket_with(family, kind, rustix::net::SocketFlags::CLOEXEC, None)?)
+}
+
 /// Tun devices take the ioctls of sockets too (tun_chr_ioctl: SIOCSIFHWADDR).
 pub(super) fn set_address(fd: &OwnedFd, name: &str, address: [u8; 6]) -> io::Result<()> {
     let mut request = ifreq(name)?;

@@ -147,6 +147,21 @@ impl Tap {
         ioctl::set_carrier(&self.fd, on).map_err(|source| self.error("TUNSETCARRIER", source))
     }
 
+    /// Lowers the interface's MTU to `most` bytes if it is larger, and says what it was then. The calling thread must be
+    /// in the interface's network namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn limit_mtu(&self, most: u16) -> Result<Option<u32>, TapError> {
+        let Some(name) = self.name()? else { return Ok(None) };
+        let mtu = ioctl::mtu(&name).map_err(|source| error("SIOCGIFMTU", &name, source))?;
+        if mtu <= u32::from(most) {
+            return Ok(None);
+        }
+        ioctl::set_mtu(&name, most).map_err(|source| error("SIOCSIFMTU", &name, source))?;
+        Ok(Some(mtu))
+    }
+
     fn error(&self, what: &'static str, source: io::Error) -> TapError {
         let name = self.name().ok().flatten();
         error(what, name.as_deref().unwrap_or("a tap"), source)

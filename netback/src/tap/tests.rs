@@ -47,6 +47,10 @@ fn a_tap_is_made_down_and_without_carrier() {
             tap.set_features(features).unwrap();
         }
         second.set_carrier(true).unwrap();
+        assert_eq!(tap.limit_mtu(1500).unwrap(), None);
+        assert_eq!(second.limit_mtu(1400).unwrap(), Some(1500));
+        assert_eq!(tap.limit_mtu(1400).unwrap(), None);
+        assert!(sys("vif7.0", "link").contains("mtu 1400 "));
         let error = Tap::create("vif7.0").unwrap_err();
         assert!(error.to_string().contains("TUNSETIFF of vif7.0"), "{error}");
         let error = Tap::create("a-name-that-is-too-long").unwrap_err();

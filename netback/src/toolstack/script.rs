@@ -73,12 +73,8 @@ impl Script {
         &self.path
     }
 
-    /// Whether it is one of ours: also where the stock script of that name is installed, which it takes the place of.
     fn is_builtin(&self) -> bool {
-        self.path
-            .strip_prefix(FOLDER)
-            .and_then(|rest| rest.strip_prefix('/'))
-            .is_some_and(|name| SCRIPTS.contains(&name))
+        is_builtin(&self.path)
     }
 
     /// Whether it could be run.
@@ -130,6 +126,13 @@ impl Script {
             }
         }
     }
+}
+
+/// Whether the script of this path is one of ours: also where the stock script of that name is installed, which it takes
+/// the place of.
+pub(crate) fn is_builtin(path: &str) -> bool {
+    let name = path.strip_prefix(FOLDER).and_then(|rest| rest.strip_prefix('/'));
+    name.is_some_and(|name| SCRIPTS.contains(&name))
 }
 
 /// What libxl adds to the environment of a hotplug program (`get_hotplug_env` in `libxl_linux.c`).

@@ -73,7 +73,8 @@ impl Scene {
             match (*self.answer.borrow(), call.event) {
                 (_, Event::Offline) => Ok(()),
                 (Ok(status), Event::Online) => {
-                    Ok(store.write(&format!("{}/hotplug-status", call.backend_path), status).unwrap())
+                    store.write(&format!("{}/hotplug-status", call.backend_path), status).unwrap();
+                    Ok(())
                 }
                 (Err(why), Event::Online) => Err(why.to_owned()),
             }

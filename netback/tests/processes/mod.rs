@@ -111,7 +111,7 @@ impl Dom0 {
 
     /// Starts `netback serve`, and waits until it does.
     pub fn serve(&mut self) {
-        let log = std::fs::File::create(self.log()).unwrap();
+        let log = std::fs::File::options().create(true).append(true).open(self.log()).unwrap();
         let mut child = self.netback(&["serve"]).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -123,7 +123,8 @@ impl Dom0 {
         self.folder.path().join("serve.log")
     }
 
-    fn said(&self) -> String {
+    /// What all services so far have logged.
+    pub fn said(&self) -> String {
         std::fs::read_to_string(self.log()).unwrap_or_default()
     }
 
@@ -178,6 +179,13 @@ impl Dom0 {
         let domains = below("/local/domain".to_owned());
         let fronts = domains.flat_map(|domain| below(format!("{domain}/device/vif")).collect::<Vec<_>>());
         below("/local/domain/0/backend/vif".to_owned()).chain(fronts).collect()
+    }
+
+    /// Kills the service in the middle of whatever it does, and waits for its end.
+    pub fn kill(&mut self) {
+        let mut child = self.server.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// Stops the service as init does, and waits for its end.

@@ -1,5 +1,7 @@
 //! The thread that drives a queue.
 
+mod build;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,24 +11,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel;
-use hypervisor::{Backend, DomId, GrantAccess, GrantRef, Port};
-use ring::{BackRing, Layout};
+use hypervisor::{Backend, DomId, GrantRef, Port};
+use ring::Patience;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use xenstore_client::xenbus::{Blame, Fault};
 
-use crate::abi::{RX_SLOT, TX_SLOT};
 use crate::broken::Broken;
-use crate::channels::Channels;
 use crate::counters::Counters;
-use crate::ctrl::{self, Control};
 use crate::hash::HashState;
 use crate::multicast::Multicast;
-use crate::negotiate::{Ports, QueueKeys, Receives};
-use crate::patience::Patience;
-use crate::queue::{self, Live, Queue};
-use crate::rx::{self, Rx};
+use crate::negotiate::{QueueKeys, Receives};
+use crate::queue::{Live, Queue};
+use crate::steer::Post;
 use crate::tap::Tap;
-use crate::tx::{self, Tx};
 
 /// What the queues of one vif share.
 #[derive(Debug, Clone)]
@@ -60,10 +57,14 @@ pub struct Plan {
     pub control: Option<(GrantRef, Port, u32)>,
     /// This queue of the tap.
     pub tap: Tap,
+    /// The way to and from the vif's other queues, where there are any.
+    pub post: Option<Post>,
     /// Read by others.
     pub counters: Arc<Counters>,
     /// The processor to stay on.
     pub cpu: Option<usize>,
+    /// The rings are in use, and the backend that served them has died.
+    pub resume: bool,
 }
 
 /// How a queue's thread reports.
@@ -105,7 +106,7 @@ impl Worker {
                 let _span = tracing::info_span!("queue", name = plan.name).entered();
                 pin(plan.cpu);
                 let counters = Arc::clone(&plan.counters);
-                let (built, queue) = match build(plan) {
+                let (built, queue) = match build::build(plan) {
                     Ok(queue) => (Ok(()), Some(queue)),
                     Err(fault) => (Err(fault), None),
                 };
@@ -182,61 +183,6 @@ fn pin(cpu: Option<usize>) {
     if let Err(error) = pinned {
         tracing::warn!(cpu, %error, "cannot keep a queue on its processor; it runs anywhere");
     }
-}
-
-fn build(plan: Plan) -> Result<Queue, Fault> {
-    let Plan { shared, keys, control, tap, counters, .. } = plan;
-    let Shared { xen, peer, receives, headroom, hash, multicast, live } = shared;
-    let refused = |what: &str, error| Fault::guest(libc::EINVAL, format!("{what}: {error}"));
-    let map = |what, gref| {
-        xen.map(peer, &[gref], GrantAccess::ReadWrite)
-            .map_err(|error| refused(&format!("mapping the {what} ring"), error))
-    };
-    let bind =
-        |what, port| xen.bind(peer, port).map_err(|error| refused(&format!("binding the event channel{what}"), error));
-    let memory = |error| host("memory for copies", error);
-    let ring = |mapping, slot| BackRing::attach(mapping, Layout::new(slot, 1), 0);
-    let tx_ring = ring(map("transmit", keys.tx)?, TX_SLOT);
-    let rx_ring = ring(map("receive", keys.rx)?, RX_SLOT);
-    let channels = match keys.ports {
-        Ports::Shared(port) => Channels::Shared(bind("", port)?),
-        Ports::Split { tx, rx } => Channels::Split { tx: bind(" (tx)", tx)?, rx: bind(" (rx)", rx)? },
-    };
-    let control = match control {
-        None => None,
-        Some((gref, port, queues)) => {
-            let parts = ctrl::Parts {
-                ring: map("control", gref)?,
-                channel: bind(" (ctrl)", port)?,
-                xen: Arc::clone(&xen),
-                peer,
-                queues,
-                hash: Arc::clone(&hash),
-            };
-            Some(Control::new(parts).map_err(memory)?)
-        }
-    };
-    let tx = Tx::new(tx::Parts {
-        ring: tx_ring,
-        xen: Arc::clone(&xen),
-        peer,
-        live: Arc::clone(&live),
-        multicast: Arc::clone(&multicast),
-        counters: Arc::clone(&counters),
-    });
-    let rx = Rx::new(rx::Parts {
-        ring: rx_ring,
-        xen,
-        peer,
-        receives,
-        headroom,
-        hash,
-        multicast,
-        counters: Arc::clone(&counters),
-    });
-    let parts =
-        queue::Parts { tx: tx.map_err(memory)?, rx: rx.map_err(memory)?, tap, channels, control, live, counters };
-    Ok(Queue::new(parts))
 }
 
 fn fault(broken: &Broken) -> Fault {
@@ -376,6 +322,7 @@ impl<R: Fn(Report)> Drive<'_, R> {
     fn wait(&self, timeout: Option<Duration>, listen: bool) -> Result<Woken, Broken> {
         let tap = self.queue.tap().as_fd();
         let control = self.queue.control().map(|control| control.fd());
+        let post = self.queue.post();
         let channels: [_; 2] = {
             let mut fds = self.queue.channels().fds();
             [fds.next(), fds.next()]
@@ -391,6 +338,7 @@ impl<R: Fn(Report)> Drive<'_, R> {
             fd(channels[0].unwrap_or(bell), if channels[0].is_some() { listened } else { PollFlags::empty() }),
             fd(channels[1].unwrap_or(bell), if channels[1].is_some() { listened } else { PollFlags::empty() }),
             fd(control.unwrap_or(bell), if control.is_some() { listened } else { PollFlags::empty() }),
+            fd(post.map_or(bell, Post::bell), if post.is_some() { frames } else { PollFlags::empty() }),
         ];
         // Rounded up: a deadline must have passed when we look at the clock again.
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout + Duration::from_micros(1)).ok());
@@ -401,6 +349,9 @@ impl<R: Fn(Report)> Drive<'_, R> {
         let ready = |index: usize, flags: PollFlags| fds[index].revents().intersects(flags);
         if ready(0, PollFlags::IN) {
             quiet(self.wake);
+        }
+        if let Some(post) = post.filter(|_| ready(5, PollFlags::IN)) {
+            post.quiet();
         }
         // An interface that was deleted under us is readable for ever, with errors.
         if ready(1, PollFlags::ERR | PollFlags::NVAL) && !ready(1, PollFlags::IN) {

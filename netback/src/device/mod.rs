@@ -4,11 +4,13 @@
 //! it into a bridge; it stays when the frontend leaves and goes when the device does. It has a carrier only while a
 //! frontend is connected and has pages to receive into.
 
+mod interface;
+
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hypervisor::memory::{IoList, Mapping};
-use hypervisor::{Backend, PAGE_SIZE};
+use hypervisor::Backend;
+
 use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 
 use crate::counters::Counters;
@@ -17,8 +19,11 @@ use crate::hash::HashState;
 use crate::multicast::Multicast;
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS};
 use crate::queue::Live;
-use crate::tap::{Features, KernelTaps, Tap, TapError, Taps};
+use crate::spec;
+use crate::steer::Post;
+use crate::tap::{KernelTaps, Tap, Taps};
 use crate::worker::{Plan, Report, Shared, Worker};
+use interface::{drop_frames, tap_fault};
 
 /// How this process serves network interfaces.
 #[derive(Debug, Clone)]
@@ -77,7 +82,8 @@ impl Kind for VifKind {
             notifier,
             tap: None,
             rate,
-            plugged: backend.get("hotplug-status") == Some("connected"),
+            plugged: (backend.get("hotplug-status") == Some("connected"))
+                .then(|| backend.get("script").unwrap_or_default().to_owned()),
             connection: None,
             running: Arc::default(),
         })
@@ -96,12 +102,9 @@ fn parse_rate(text: &str) -> Result<Rate, String> {
 /// The toolstack's `mac` means nothing to us; but whoever filters by it, and found it to be none, would filter nothing.
 fn check_mac(backend: &Keys) -> Result<(), Fault> {
     let Some(mac) = backend.get("mac") else { return Ok(()) };
-    let good = mac.split(':').count() == 6
-        && mac.split(':').all(|part| part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit()));
-    if good {
-        Ok(())
-    } else {
-        Err(backend.fault(libc::EINVAL, &format!("mac is {mac:?}, not six bytes like 00:16:3e:00:00:01")))
+    match spec::mac(mac) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(backend.fault(libc::EINVAL, &format!("mac: {error}"))),
     }
 }
 
@@ -113,6 +116,9 @@ struct Connection {
     multicast: Arc<Multicast>,
     headroom: Arc<AtomicU16>,
     live: Arc<Live>,
+    /// The groups that the guest has joined were known to a process that died: all are delivered, until the guest turns
+    /// filtering off and on.
+    groups_lost: bool,
 }
 
 /// How many queues still run, and whether they were told to stop.
@@ -133,51 +139,37 @@ pub struct Vif {
     /// The tap's first queue: while it is open there is a tap.
     tap: Option<Tap>,
     rate: Option<Rate>,
-    /// The hotplug program had run before there was a tap of ours: it was for another process's.
-    plugged: bool,
+    /// The hotplug program, where it had run before there was a tap of ours: it was for another process's.
+    plugged: Option<String>,
     connection: Option<Connection>,
     running: Arc<Mutex<Running>>,
 }
 
-fn tap_fault(error: &TapError) -> Fault {
-    Fault::host(error.source.raw_os_error().unwrap_or(libc::EIO), error.to_string())
-}
-
 impl Vif {
-    fn name(&self) -> String {
-        format!("vif{}.{}", self.id.frontend_id, self.id.devid)
-    }
-
-    fn tap(&self) -> Result<&Tap, Fault> {
-        self.tap.as_ref().ok_or_else(|| Fault::host(libc::ENODEV, "there is no tap"))
-    }
-
-    /// The tap's queues for the connection's; the tap may have been renamed meanwhile.
-    fn tap_queues(&self, count: usize) -> Result<Vec<Tap>, Fault> {
-        let tap = self.tap()?;
-        let first =
-            tap.try_clone().map_err(|error| Fault::host(libc::EMFILE, format!("the tap's descriptor: {error}")))?;
-        let name = tap.name().map_err(|error| tap_fault(&error))?.unwrap_or_else(|| self.name());
-        let others = (1..count).map(|queue| self.config.taps.open(&name, queue as u32));
-        std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>().map_err(|error| tap_fault(&error))
-    }
-
     /// Builds all queues, or none.
-    fn start_queues(&mut self, agreed: &Agreed) -> Result<(), Fault> {
+    fn start_queues(&mut self, agreed: &Agreed, resume: bool) -> Result<(), Fault> {
         let taps = self.tap_queues(agreed.queues.len())?;
         let receives = agreed.receives;
         self.tap()?.set_features(receives.features()).map_err(|error| tap_fault(&error))?;
+        if !receives.sg
+            && let Some(mtu) = self.tap()?.limit_mtu(ETHERNET_MTU).map_err(|error| tap_fault(&error))?
+        {
+            let device = &self.id.backend_path;
+            tracing::warn!(%device, "the guest takes no frames in pieces: MTU {ETHERNET_MTU} in the place of {mtu}");
+        }
         // What came for a frontend that has left, cut and summed for it, is nobody's any more.
         taps.iter().try_for_each(drop_frames)?;
         let stalled = if receives.notifies { taps.len() as u32 } else { 0 };
         let multicast = Arc::new(Multicast::default());
-        multicast.set_filtering(agreed.multicast_control);
+        let groups_lost = resume && agreed.multicast_control;
+        multicast.set_filtering(agreed.multicast_control && !groups_lost);
         let mut connection = Connection {
             workers: Vec::with_capacity(taps.len()),
             counters: taps.iter().map(|_| Arc::default()).collect(),
             multicast,
             headroom: Arc::new(AtomicU16::new(agreed.headroom)),
             live: Arc::new(Live::new(self.rate, stalled)),
+            groups_lost,
         };
         let shared = Shared {
             xen: Arc::clone(&self.xen),
@@ -188,8 +180,10 @@ impl Vif {
             multicast: Arc::clone(&connection.multicast),
             live: Arc::clone(&connection.live),
         };
+        let queues = agreed.queues.len() as u32;
+        let posts = if queues > 1 { Post::between(queues) } else { Ok(Vec::new()) };
+        let mut posts = posts.map_err(|error| Fault::host(libc::EMFILE, format!("eventfd: {error}")))?.into_iter();
         for (index, (keys, tap)) in agreed.queues.iter().zip(taps).enumerate() {
-            let queues = agreed.queues.len() as u32;
             let plan = Plan {
                 shared: shared.clone(),
                 // As Linux names its threads: "vif3.0-q0"; the kernel keeps 15 characters.
@@ -197,8 +191,10 @@ impl Vif {
                 keys: *keys,
                 control: agreed.control.filter(|_| index == 0).map(|(gref, port)| (gref, port, queues)),
                 tap,
+                post: posts.next(),
                 counters: Arc::clone(&connection.counters[index]),
                 cpu: self.next_cpu(),
+                resume,
             };
             let (running, notifier) = (Arc::clone(&self.running), self.notifier.clone());
             connection.workers.push(Worker::prepare(plan, move |report| match report {
@@ -219,6 +215,21 @@ impl Vif {
             Running { queues: connection.workers.len(), stopping: false };
         connection.workers.iter_mut().for_each(Worker::serve);
         self.connection = Some(connection);
+        Ok(())
+    }
+
+    fn start(&mut self, frontend: &Keys, resume: bool) -> Result<(), Fault> {
+        self.bury();
+        let agreed = negotiate::agree(frontend, self.config.queues.max(1))?;
+        self.start_queues(&agreed, resume)?;
+        tracing::info!(
+            device = %self.id.backend_path,
+            queues = agreed.queues.len(),
+            control = agreed.control.is_some(),
+            receives = ?agreed.receives,
+            resumed = resume,
+            "connected"
+        );
         Ok(())
     }
 
@@ -248,64 +259,35 @@ impl Vif {
         );
     }
 
-    fn filter_groups(&self, value: Option<&str>) {
-        let Some(connection) = &self.connection else { return };
-        let mut keys = Keys::from_pairs(value.map(|value| (MULTICAST_KEY, value)));
-        if value.is_none() {
-            keys = Keys::from_pairs([(MULTICAST_KEY, "0")]);
-        }
-        match keys.parse_bool(MULTICAST_KEY) {
-            Ok(on) => connection.multicast.set_filtering(on),
+    fn filter_groups(&mut self, value: Option<&str>) {
+        let Some(connection) = &mut self.connection else { return };
+        match Keys::from_pairs([(MULTICAST_KEY, value.unwrap_or("0"))]).parse_bool(MULTICAST_KEY) {
+            Ok(on) => {
+                connection.groups_lost &= on;
+                connection.multicast.set_filtering(on && !connection.groups_lost);
+            }
             Err(fault) => self.notifier.fault(fault),
         }
     }
 }
 
+/// Most bytes of the packets of a guest whose frames have to fit into a page, as with Linux (xenvif_carrier_on:
+/// ETH_DATA_LEN).
+const ETHERNET_MTU: u16 = 1500;
 const MULTICAST_KEY: &str = "request-multicast-control";
 const HEADROOM_KEY: &str = "xdp-headroom";
 const RATE_KEY: &str = "rate";
 
-/// Reads and forgets what is in a tap's queue.
-fn drop_frames(tap: &Tap) -> Result<(), Fault> {
-    let failed = |error| Fault::host(libc::ENOMEM, format!("memory for frames: {error}"));
-    let memory = std::rc::Rc::new(Mapping::anonymous(PAGE_SIZE).map_err(failed)?);
-    let mut list = IoList::with_capacity(1);
-    list.push(&memory, 0, PAGE_SIZE);
-    // More than any tap's queue holds: somebody who sends without pause does not keep us here.
-    for _ in 0..65_536 {
-        if tap.read(&list).is_err() {
-            // There are none; or what is wrong will be found when the queue reads.
-            break;
-        }
-    }
-    Ok(())
-}
-
 impl Device for Vif {
     fn features(&mut self) -> Result<Vec<(String, String)>, Fault> {
-        if self.tap.is_none() {
-            let tap = self.config.taps.open(&self.name(), 0).map_err(|error| tap_fault(&error))?;
-            tap.set_features(Features::default()).map_err(|error| tap_fault(&error))?;
-            if std::mem::take(&mut self.plugged) {
-                tracing::warn!(
-                    device = %self.id.backend_path,
-                    interface = %self.name(),
-                    "made anew, and the hotplug program has run already: put it where it belongs, or detach and attach it"
-                );
-            }
-            self.tap = Some(tap);
-        }
+        self.make_tap()?;
         Ok(negotiate::offer(self.config.queues.max(1)))
     }
 
     fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
-        let Some(tap) = &self.tap else {
-            // Found in state 4: the tap went with the process before us.
-            return Err(Fault::host(
-                libc::EPIPE,
-                "the backend process that served this device has died; the device has to reconnect",
-            ));
-        };
+        // There is none in a device that was found in state 4: it went with the process that served it.
+        self.make_tap()?;
+        let tap = self.tap()?;
         let name = tap.name().map_err(|error| tap_fault(&error))?.unwrap_or_else(|| self.name());
         self.rate = read_rate(backend)?;
         tracing::info!(device = %self.id.backend_path, interface = %name, rate = ?self.rate, "opened");
@@ -313,17 +295,15 @@ impl Device for Vif {
     }
 
     fn connect(&mut self, frontend: &Keys) -> Result<Vec<(String, String)>, Fault> {
-        self.bury();
-        let agreed = negotiate::agree(frontend, self.config.queues.max(1))?;
-        self.start_queues(&agreed)?;
-        tracing::info!(
-            device = %self.id.backend_path,
-            queues = agreed.queues.len(),
-            control = agreed.control.is_some(),
-            receives = ?agreed.receives,
-            "connected"
-        );
-        Ok(Vec::new())
+        self.start(frontend, false)?;
+        // netif.h, "Link state": the cable is in. Whether anything is at its other end nobody tells.
+        Ok(vec![("carrier".to_owned(), "1".to_owned())])
+    }
+
+    /// The rings say where to go on: see [`Tx::resume`](crate::tx::Tx::resume) and
+    /// [`Rx::resume`](crate::rx::Rx::resume).
+    fn reattach(&mut self, frontend: &Keys) -> Result<(), Fault> {
+        self.start(frontend, true)
     }
 
     fn watched_keys(&self) -> &[&str] {

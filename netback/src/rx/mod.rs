@@ -10,27 +10,30 @@
 //! that posts nothing for [`STALL`] loses its carrier until it does; one that does not say `feature-rx-notify` never
 //! tells when it has posted, so it is looked at every [`DRAIN_UNTOLD`] and keeps its carrier.
 
+mod frame;
+mod resume;
+
 use std::collections::VecDeque;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::AtomicU16;
 use std::time::{Duration, Instant};
 
 use hypervisor::memory::{IoList, Mapping};
-use hypervisor::{Backend, CopyDirection, CopyOp, DomId, GrantStatus, PAGE_SIZE};
+use hypervisor::{Backend, CopyDirection, CopyOp, DomId, GrantStatus};
 use ring::BackRing;
 
-use crate::abi::{Extra, GsoType, RX_SLOT, RxRequest, RxResponse, rx_flag, status};
+use crate::abi::{Extra, RX_SLOT, RxRequest, RxResponse, rx_flag, status};
 use crate::broken::Broken;
 use crate::counters::Counters;
-use crate::hash::{HashReader, HashState, PacketHash};
+use crate::hash::{HashReader, HashState};
 use crate::multicast::{Multicast, MulticastReader};
 use crate::negotiate::{Gso, Receives};
-use crate::packet::{self, ETHERNET, HEADERS_MAX, Network};
 use crate::segment::Segments;
+use crate::steer::Post;
 use crate::tap::Tap;
-use crate::vnet::{Offload, Partial};
+use frame::{Frame, Origin};
 
 /// Frames of one turn.
 const BATCH: usize = 64;
@@ -46,42 +49,6 @@ pub const DRAIN_UNTOLD: Duration = Duration::from_millis(30);
 pub const STALL: Duration = Duration::from_secs(60);
 /// How often the ring of a guest that does not tell is looked at while a frame waits.
 const LOOK: Duration = Duration::from_millis(5);
-
-/// A frame of ours, ready for the guest.
-#[derive(Debug, Clone, Copy)]
-struct Frame {
-    /// Where it is in the arena, without its vnet header.
-    at: usize,
-    len: usize,
-    /// Of its first slot.
-    flags: u16,
-    gso: Option<(GsoType, u16)>,
-    /// How the guest is told of the GSO.
-    how: Gso,
-    hash: Option<PacketHash>,
-    headroom: u16,
-    /// When it was read.
-    since: Instant,
-}
-
-impl Frame {
-    fn room(&self) -> usize {
-        PAGE_SIZE - usize::from(self.headroom)
-    }
-
-    fn data_slots(&self) -> usize {
-        self.len.div_ceil(self.room())
-    }
-
-    /// Slots before or after the first that carry no data.
-    fn other_slots(&self) -> usize {
-        usize::from(self.gso.is_some()) + usize::from(self.hash.is_some()) + usize::from(self.headroom > 0)
-    }
-
-    fn slots(&self) -> usize {
-        self.data_slots() + self.other_slots()
-    }
-}
 
 /// What goes into a slot of the ring.
 #[derive(Debug, Clone, Copy)]
@@ -113,6 +80,7 @@ pub struct Rx {
     headroom: Arc<AtomicU16>,
     hash: HashReader,
     multicast: MulticastReader,
+    post: Option<Post>,
     counters: Arc<Counters>,
     arena: Rc<Mapping>,
     /// Requests that the guest has posted and that were not used yet. They are taken out of the ring at once: only then
@@ -151,6 +119,8 @@ pub struct Parts {
     pub hash: Arc<HashState>,
     /// The groups it joined.
     pub multicast: Arc<Multicast>,
+    /// The way to and from the vif's other queues, where there are any.
+    pub post: Option<Post>,
     /// Read by others.
     pub counters: Arc<Counters>,
 }
@@ -161,7 +131,7 @@ impl Rx {
     /// # Errors
     /// When there is no memory.
     pub fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { ring, xen, peer, receives, headroom, hash, multicast, counters } = parts;
+        let Parts { ring, xen, peer, receives, headroom, hash, multicast, post, counters } = parts;
         let slots = ring.layout().entries() as usize;
         Ok(Self {
             ring,
@@ -171,6 +141,7 @@ impl Rx {
             headroom,
             hash: HashReader::new(hash),
             multicast: MulticastReader::new(multicast),
+            post,
             counters,
             arena: Rc::new(Mapping::anonymous(ARENA)?),
             posted: VecDeque::with_capacity(slots),
@@ -203,6 +174,11 @@ impl Rx {
 
     fn waits_for_pages(&self) -> bool {
         self.waiting.is_some() || self.stalled || self.dry
+    }
+
+    /// The way to and from the vif's other queues, for who drives the queue.
+    pub fn post(&self) -> Option<&Post> {
+        self.post.as_ref()
     }
 
     /// Asks the guest to notify us of its next page, if anything waits for it. True when there is one already.
@@ -311,6 +287,15 @@ impl Rx {
             if !self.wants_frames() {
                 return Ok(None);
             }
+            if let Some(frame) = self.post.as_ref().and_then(Post::take) {
+                self.arena.copy_in(*used, &frame);
+                *moved += 1;
+                if let Some(frame) = self.examine(*used, frame.len(), Origin::Post, now) {
+                    *used = (frame.at + frame.len).next_multiple_of(64);
+                    return Ok(Some(frame));
+                }
+                continue;
+            }
             self.memory.clear();
             self.memory.push(&self.arena, *used, ROOM);
             let len = match tap.read(&self.memory) {
@@ -323,130 +308,12 @@ impl Rx {
                 return Err(Broken::Host { what: "the tap was closed", source });
             }
             *moved += 1;
-            if let Some(frame) = self.examine(*used, len, now) {
+            if let Some(frame) = self.examine(*used, len, Origin::Tap, now) {
                 *used = (frame.at + frame.len).next_multiple_of(64);
                 return Ok(Some(frame));
             }
         }
         Ok(None)
-    }
-
-    fn next_segment(&mut self, at: usize, now: Instant) -> Option<Frame> {
-        let segments = self.segments.as_mut()?;
-        let Some(len) = segments.next(&self.arena, at) else {
-            self.segments = None;
-            return None;
-        };
-        let headroom = self.headroom.load(Ordering::Relaxed);
-        let frame = Frame {
-            at,
-            len,
-            flags: rx_flag::DATA_VALIDATED,
-            gso: None,
-            how: Gso::No,
-            hash: segments.hash(),
-            headroom,
-            since: now,
-        };
-        if !self.receives.sg && frame.data_slots() > 1 {
-            self.segments = None;
-            self.counters.rx_dropped.add(1);
-            return None;
-        }
-        Some(frame)
-    }
-
-    /// Looks at what was read to `at`; none where it is not for the guest.
-    fn examine(&mut self, at: usize, read: usize, now: Instant) -> Option<Frame> {
-        let len = read.saturating_sub(Offload::SIZE);
-        if len < ETHERNET || read >= ROOM {
-            self.counters.rx_dropped.add(1);
-            return None;
-        }
-        let at = at + Offload::SIZE;
-        let mut beginning = [0; Offload::SIZE + HEADERS_MAX];
-        let hashing = self.hash.settings().types() != 0;
-        let mut offload = [0; Offload::SIZE];
-        self.arena.copy_out(at - Offload::SIZE, &mut offload);
-        let offload = Offload::decode(&offload);
-        let look = match &offload {
-            Ok(offload) if hashing || offload.partial.is_some() || offload.gso.is_some() => HEADERS_MAX,
-            _ => ETHERNET,
-        };
-        let headers = &mut beginning[..look.min(len)];
-        self.arena.copy_out(at, headers);
-        let destination = [headers[0], headers[1], headers[2], headers[3], headers[4], headers[5]];
-        if !self.multicast.wanted(destination) {
-            self.counters.rx_filtered.add(1);
-            return None;
-        }
-        let Ok(offload) = offload else {
-            self.counters.rx_dropped.add(1);
-            return None;
-        };
-        let hash = if hashing { packet::flow(headers).and_then(|flow| self.hash.settings().hash(&flow)) } else { None };
-        let mut frame = Frame {
-            at,
-            len,
-            flags: if offload.validated { rx_flag::DATA_VALIDATED } else { 0 },
-            gso: None,
-            how: Gso::No,
-            hash,
-            headroom: self.headroom.load(Ordering::Relaxed),
-            since: now,
-        };
-        if let Some(partial) = offload.partial {
-            self.settle(&mut frame, &offload, partial, headers)?;
-        } else if offload.gso.is_some() {
-            // The kernel never cuts without having to sum.
-            self.counters.rx_dropped.add(1);
-            return None;
-        }
-        if frame.data_slots() > 1 && !self.receives.sg {
-            self.counters.rx_dropped.add(1);
-            return None;
-        }
-        Some(frame)
-    }
-
-    /// Passes a partial checksum, and a frame that is to be cut, on to the guest; or does for it what it cannot.
-    fn settle(&mut self, frame: &mut Frame, offload: &Offload, partial: Partial, headers: &[u8]) -> Option<()> {
-        let layers = packet::parse(headers).ok().filter(|layers| {
-            // What a guest's driver finds by itself; it is not told where the checksum is. Tags it does not look through.
-            !layers.tagged
-                && layers.transport_at == usize::from(partial.start)
-                && layers.checksum_offset() == usize::from(partial.offset)
-        });
-        let (sums, how) = match layers.map(|layers| layers.network) {
-            Some(Network::V4) => (self.receives.checksum4, self.receives.gso4),
-            Some(Network::V6) => (self.receives.checksum6, self.receives.gso6),
-            None => (false, Gso::No),
-        };
-        match offload.gso {
-            None if sums => frame.flags |= rx_flag::CSUM_BLANK | rx_flag::DATA_VALIDATED,
-            None => {
-                if !finish_checksum(&self.arena, frame.at, frame.len, partial) {
-                    self.counters.rx_dropped.add(1);
-                    return None;
-                }
-                self.counters.rx_checksums.add(1);
-                frame.flags |= rx_flag::DATA_VALIDATED;
-            }
-            Some(gso) if sums && how != Gso::No && self.receives.sg && gso.1 > 0 => {
-                frame.flags |= rx_flag::CSUM_BLANK | rx_flag::DATA_VALIDATED;
-                (frame.gso, frame.how) = (Some(gso), how);
-            }
-            Some((_, size)) => {
-                // Read before the guest's features were set, or tagged: no driver of a guest's cuts what is tagged.
-                self.segments = Segments::begin(&self.arena, frame.at, frame.len, size, frame.hash);
-                match self.segments {
-                    Some(_) => self.counters.rx_segmented.add(1),
-                    None => self.counters.rx_dropped.add(1),
-                }
-                return None;
-            }
-        }
-        Some(())
     }
 
     /// Gives a frame its pages.
@@ -529,30 +396,6 @@ impl Rx {
         self.ops.clear();
         Ok(())
     }
-}
-
-/// Adds up the rest of a partial checksum and puts it in its place; false where it has none.
-fn finish_checksum(arena: &Mapping, at: usize, len: usize, partial: Partial) -> bool {
-    let (start, place) = (usize::from(partial.start), usize::from(partial.start) + usize::from(partial.offset));
-    if place + 2 > len {
-        return false;
-    }
-    let mut sum = packet::Sum::default();
-    let mut buffer = [0; 2048];
-    let mut here = start;
-    while here < len {
-        let piece = &mut buffer[..(len - here).min(2048)];
-        arena.copy_out(at + here, piece);
-        sum.add(piece);
-        here += piece.len();
-    }
-    // Where UDP has no checksum there is a zero; a sum of zero is written as its other form.
-    let checksum = match sum.checksum() {
-        0 => 0xffff,
-        checksum => checksum,
-    };
-    arena.copy_in(at + place, &checksum.to_be_bytes());
-    true
 }
 
 fn ring_broken(source: ring::Overflow) -> Broken {

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, dead_code, unreachable_pub, reason = "each test file uses a part")]
 
 pub mod frames;
+pub mod slots;
 pub mod taps;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,8 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hypervisor::emu::{Counters, GuestOptions, GuestSeat, Limits, Machine, Member};
-use hypervisor::{Backend, DomId, EventChannel, GrantAccess, GrantRef, Guest, PAGE_SIZE, Shared};
-use netback::abi::{Extra, TxRequest, TxResponse, status};
+use hypervisor::{Backend, DomId, EventChannel, GrantAccess, Guest, Shared};
 use netback::device::{Config, VifKind};
 use netback::front::{ControlRing, Frontend, Meta, Options, Queue};
 use xenstore_client::xenbus::driver::{Driver, StopHandle};
@@ -432,83 +432,10 @@ pub fn random(state: &mut u64) -> u64 {
     *state
 }
 
-/// One slot of the transmit ring: a request or an extra.
-#[derive(Debug, Clone, Copy)]
-pub enum Slot {
-    Data(TxRequest),
-    Extra(Extra, bool),
-    Raw([u8; 12]),
-}
-
-impl Slot {
-    pub fn bytes(&self) -> Vec<u8> {
-        match self {
-            Self::Data(request) => request.encode().to_vec(),
-            Self::Extra(extra, more) => extra.encode(*more).to_vec(),
-            Self::Raw(bytes) => bytes.to_vec(),
-        }
-    }
-}
-
-/// Puts slots into the ring and shows them.
-pub fn submit(queue: &mut Queue, slots: &[Slot]) {
-    for slot in slots {
-        queue.tx.raw_request(&slot.bytes());
-    }
-    queue.publish().unwrap();
-}
-
-/// Takes `count` answers as they stand in the ring.
-pub fn answers(queue: &mut Queue, count: usize) -> Vec<TxResponse> {
-    let began = Instant::now();
-    let mut answers = Vec::new();
-    while answers.len() < count {
-        match queue.tx.raw_response().unwrap() {
-            Some(answer) => answers.push(answer),
-            None => {
-                assert!(began.elapsed() < PATIENCE, "{} of {count} answers came", answers.len());
-                queue.wait_any(Duration::from_millis(100)).unwrap();
-            }
-        }
-    }
-    answers
-}
-
-/// Sends one packet, all of whose data slots must get `expected`, and its extras NULL; each its own id, in order.
-pub fn ask(queue: &mut Queue, slots: &[Slot], expected: i16) {
-    submit(queue, slots);
-    let answers = answers(queue, slots.len());
-    for (slot, answer) in slots.iter().zip(&answers) {
-        match slot {
-            Slot::Data(request) => assert_eq!((answer.id, answer.status), (request.id, expected), "{slots:?}"),
-            _ => assert_eq!(answer.status, status::NULL, "{slots:?}: {answers:?}"),
-        }
-    }
-}
-
-/// Puts bytes into the pool's page `page` from `offset` on; the grant and place for a slot.
-pub fn put(queue: &Queue, page: usize, offset: usize, bytes: &[u8]) -> (GrantRef, u16) {
-    queue.tx.pool().copy_in(page * PAGE_SIZE + offset, bytes);
-    (queue.tx.refs()[page], offset as u16)
-}
-
-/// The slots of a packet that lies in the pool in pieces, a page each; `flags` for the first.
-pub fn chain(queue: &Queue, frame: &[u8], lens: &[usize], flags: u16, extras: &[Extra]) -> Vec<Slot> {
-    use netback::abi::tx_flag::{EXTRA_INFO, MORE_DATA};
-    assert_eq!(lens.iter().sum::<usize>(), frame.len());
-    let mut slots = Vec::new();
-    let mut at = 0;
-    for (index, &len) in lens.iter().enumerate() {
-        let (gref, offset) = put(queue, index, 0, &frame[at..at + len]);
-        at += len;
-        let more = if index + 1 < lens.len() { MORE_DATA } else { 0 };
-        let own = if index == 0 { flags | if extras.is_empty() { 0 } else { EXTRA_INFO } } else { 0 };
-        let size = if index == 0 { frame.len() } else { len } as u16;
-        slots.push(Slot::Data(TxRequest { gref, offset, flags: own | more, id: 1000 + index as u16, size }));
-        if index == 0 {
-            let last = extras.len().saturating_sub(1);
-            slots.extend(extras.iter().enumerate().map(|(at, &extra)| Slot::Extra(extra, at < last)));
-        }
-    }
-    slots
+/// Closes an interface in order; nothing of it may be left.
+pub fn close(dom0: &Dom0, vif: Vif) {
+    let guest = vif.guest.clone();
+    vif.close();
+    assert_eq!(dom0.mapped(Guest::domid(&*guest)), 0, "pages of a closed interface are mapped");
+    dom0.detach(&guest, 0);
 }

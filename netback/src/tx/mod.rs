@@ -30,6 +30,9 @@
 //! | more bytes than the rate allows | it waits in the ring | |
 //! | the tap is full or down | the packet: DROPPED; counted | |
 
+mod resume;
+mod send;
+
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
@@ -41,14 +44,14 @@ use hypervisor::{Backend, CopyDirection, CopyOp, DomId, GrantStatus, PAGE_SIZE};
 use ring::BackRing;
 use xenstore_client::LogGate;
 
-use crate::abi::{Extra, GsoType, MAX_PACKET, SLOTS_MIN, TX_SLOT, TxRequest, TxResponse, status, tx_flag};
+use crate::abi::{Extra, GsoType, MAX_PACKET, SLOTS_MIN, TX_SLOT, TxRequest, tx_flag};
 use crate::broken::{Broken, Fatal};
 use crate::counters::Counters;
 use crate::multicast::Multicast;
-use crate::packet::{self, ETHERNET, HEADERS_MAX, Network, Transport};
+use crate::packet::ETHERNET;
 use crate::queue::Live;
 use crate::tap::Tap;
-use crate::vnet::{Offload, Partial};
+use crate::vnet::Offload;
 
 /// Packets of one turn. Enough to share the price of a batch; few enough that the guest can refill the ring while we
 /// work.
@@ -59,8 +62,6 @@ const ARENA: usize = 8 * ROOM;
 const ROOM: usize = 68 * 1024;
 /// Slots after the first beyond which a guest is taken for hostile (Linux: fatal_skb_slots).
 const SLOTS_FATAL: usize = 20;
-/// Bytes of a packet that are to be in one piece whatever its headers say (XSA-423; Linux: XEN_NETBACK_TX_COPY_LEN).
-const LINEAR: usize = 128;
 
 const _: () = assert!(ROOM >= Offload::SIZE + MAX_PACKET);
 
@@ -119,8 +120,8 @@ struct Packet {
     flags: u16,
     gso: Option<(GsoType, u16)>,
     /// Slots that carried extras; they come after the first.
-    extras: u32,
-    /// The ids of its other slots, in `ids`.
+    extras: usize,
+    /// The ids of its slots, in `ids`: the first one's, the extras', the others'.
     ids: Range<usize>,
     /// Its copies, in `ops`.
     ops: Range<usize>,
@@ -132,7 +133,7 @@ struct Packet {
 /// What the extras of a packet say.
 #[derive(Debug, Default)]
 struct Extras {
-    count: u32,
+    count: usize,
     gso: Option<(GsoType, u16)>,
     add: Option<[u8; 6]>,
     delete: Option<[u8; 6]>,
@@ -291,16 +292,16 @@ impl Tx {
 
     /// Takes the packet that begins with `first`.
     fn take(&mut self, first: TxRequest, left: &mut u32) -> Result<(), Broken> {
-        let extras = if first.flags & tx_flag::EXTRA_INFO != 0 { self.extras(left)? } else { Extras::default() };
         let ids = self.ids.len();
         self.ids.push(first.id);
+        let extras = if first.flags & tx_flag::EXTRA_INFO != 0 { self.extras(left)? } else { Extras::default() };
         let ops = self.ops.len();
         let mut packet = Packet {
             verdict: Verdict::Send,
             flags: first.flags,
             gso: extras.gso,
             extras: extras.count,
-            ids: ids..ids + 1,
+            ids: ids..self.ids.len(),
             ops: ops..ops,
             at: self.used,
             len: usize::from(first.size),
@@ -339,6 +340,8 @@ impl Tx {
         loop {
             let slot = self.consume(left).ok_or(Fatal::Unfinished)?;
             extras.count += 1;
+            // What stands in the place of its id stays there, so that the chain can still be followed.
+            self.ids.push(u16::from_le_bytes([slot[0], slot[1]]));
             let (extra, more) = Extra::decode(&slot);
             match extra.map_err(Fatal::Extra)? {
                 Extra::Gso { size, kind } => extras.gso = Some((kind, size)),
@@ -418,125 +421,6 @@ impl Tx {
             local += usize::from(op.len);
         }
         Ok(Verdict::Send)
-    }
-
-    /// Copies, sends and answers what was gathered.
-    fn send(&mut self, tap: &Tap) -> Result<(), Broken> {
-        let mut outcome = Ok(());
-        if !self.ops.is_empty()
-            && let Err(error) = self.xen.copy(self.peer, &self.arena, &mut self.ops)
-        {
-            // The statuses say nothing then; every packet is answered all the same.
-            self.ops.iter_mut().for_each(|op| op.status = GrantStatus::GeneralError);
-            outcome = Err(Broken::Copy(error));
-        }
-        let mut packets = std::mem::take(&mut self.packets);
-        for packet in packets.drain(..) {
-            let status = match self.send_one(&packet, tap) {
-                Ok(status) => status,
-                Err(broken) => {
-                    outcome = outcome.and(Err(broken));
-                    status::DROPPED
-                }
-            };
-            self.answer(&packet, status);
-        }
-        self.packets = packets;
-        self.ops.clear();
-        self.ids.clear();
-        self.used = 0;
-        outcome
-    }
-
-    fn send_one(&mut self, packet: &Packet, tap: &Tap) -> Result<i16, Broken> {
-        let offload = match packet.verdict {
-            Verdict::Done => return Ok(status::OKAY),
-            Verdict::Refused(reason) => return Ok(self.refuse(reason)),
-            Verdict::Send => {
-                if self.ops[packet.ops.clone()].iter().any(|op| op.status != GrantStatus::Okay) {
-                    return Ok(self.refuse(Refusal::Grant));
-                }
-                match self.describe(packet) {
-                    Ok(offload) => offload,
-                    Err(reason) => return Ok(self.refuse(reason)),
-                }
-            }
-        };
-        self.arena.copy_in(packet.at, &offload.encode());
-        self.memory.clear();
-        self.memory.push(&self.arena, packet.at, Offload::SIZE + packet.len);
-        match tap.write(&self.memory) {
-            Ok(_) => {
-                self.counters.tx_packets.add(1);
-                self.counters.tx_bytes.add(packet.len as u64);
-                Ok(status::OKAY)
-            }
-            Err(error) => match error.raw_os_error() {
-                // No room; or the interface is down (EIO): what a cable does that nobody has plugged in.
-                Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EIO | libc::EINTR) => {
-                    self.counters.tx_dropped.add(1);
-                    Ok(status::DROPPED)
-                }
-                Some(libc::EINVAL | libc::EMSGSIZE) => Ok(self.refuse(Refusal::Kernel)),
-                _ => Err(Broken::Host { what: "writing to the tap", source: error }),
-            },
-        }
-    }
-
-    /// What the kernel has to know of a packet, from its headers and the guest's flags.
-    fn describe(&self, packet: &Packet) -> Result<Offload, Refusal> {
-        let blank = packet.flags & tx_flag::CSUM_BLANK != 0;
-        let plain = Offload {
-            validated: packet.flags & tx_flag::DATA_VALIDATED != 0,
-            headers: packet.len.min(LINEAR) as u16,
-            ..Offload::NONE
-        };
-        if !blank && packet.gso.is_none() {
-            return Ok(plain);
-        }
-        let mut headers = [0; HEADERS_MAX];
-        let headers = &mut headers[..packet.len.min(HEADERS_MAX)];
-        self.arena.copy_out(packet.at + Offload::SIZE, headers);
-        let wrong = if packet.gso.is_some() { Refusal::Gso } else { Refusal::Checksum };
-        let layers = packet::parse(headers).map_err(|_| wrong)?;
-        let mut linear = LINEAR;
-        if let Some((kind, _)) = packet.gso {
-            let fits = match kind {
-                GsoType::TcpV4 => layers.network == Network::V4,
-                GsoType::TcpV6 => layers.network == Network::V6,
-                GsoType::None => false,
-            };
-            if !fits || layers.transport != Transport::Tcp {
-                return Err(Refusal::Gso);
-            }
-            linear = linear.max(layers.headers_len(headers).map_err(|_| Refusal::Gso)?);
-            if !blank {
-                // Cutting makes new checksums from the pseudo header's sum, so that has to stand there.
-                let sum = layers.pseudo_sum(headers, packet.len);
-                let at = packet.at + Offload::SIZE + layers.transport_at + layers.checksum_offset();
-                self.arena.copy_in(at, &sum.to_be_bytes());
-                self.counters.tx_checksum_fixups.add(1);
-            }
-        }
-        let partial = Partial { start: layers.transport_at as u16, offset: layers.checksum_offset() as u16 };
-        Ok(Offload { partial: Some(partial), gso: packet.gso, headers: packet.len.min(linear) as u16, ..plain })
-    }
-
-    fn refuse(&mut self, reason: Refusal) -> i16 {
-        self.counters.refuse(reason);
-        if let Some(unsaid) = self.log.admit() {
-            tracing::warn!(?reason, unsaid, "packet refused");
-        }
-        status::ERROR
-    }
-
-    /// One response for each slot. What stands in the place of extras says nothing.
-    fn answer(&mut self, packet: &Packet, status: i16) {
-        let ids = &self.ids[packet.ids.clone()];
-        let mut respond = |id, status| self.ring.respond(&TxResponse { id, status }.encode());
-        respond(ids[0], status);
-        (0..packet.extras).for_each(|_| respond(0, status::NULL));
-        ids[1..].iter().for_each(|&id| respond(id, status));
     }
 }
 
