@@ -1,6 +1,6 @@
 //! What a hostile guest can ask for in a ring that is sound.
 //!
-//! Rows of the checklist (reference/xen-protocol.md, section 11):
+//! Rows of the checklist of what a hostile frontend can do:
 //!
 //! | row | test |
 //! |---|---|

@@ -1,6 +1,6 @@
 //! What a hostile guest can do to the ring, the event channel and the grants behind them.
 //!
-//! Rows of the checklist (reference/xen-protocol.md, section 11) and where they are tested; hostile_store.rs and
+//! Rows of the checklist of what a hostile frontend can do and where they are tested; hostile_store.rs and
 //! hostile_requests.rs have the others.
 //!
 //! | row | test |

@@ -1,6 +1,6 @@
 //! What a hostile guest can do in XenStore.
 //!
-//! Rows of the checklist (reference/xen-protocol.md, section 11):
+//! Rows of the checklist of what a hostile frontend can do:
 //!
 //! | row | test |
 //! |---|---|

@@ -74,7 +74,7 @@ def build(cache: Path) -> Images:
     root_key = recipe.key(recipe.SUITE, recipe.DOM0_PACKAGES)
     dom0_key = recipe.key(kernel_key, root_key, recipe.DOM0_MODULE_FOLDERS, recipe.DOM0_MODULE_FILES,
                           recipe.DOM0_INITRD_MODULES, HERE / "dom0/initrd-init", HERE / "build.py", HERE / "cpio.py")
-    guest_key = recipe.key(kernel_key, root_key, recipe.GUEST_MODULES, recipe.GUEST_TOOLS,
+    guest_key = recipe.key(kernel_key, root_key, recipe.GUEST_MODULES, recipe.GUEST_MODULES_LATER, recipe.GUEST_TOOLS,
                            recipe.FIO_LIBRARIES, HERE / "build.py", HERE / "cpio.py", HERE / "elf.py")
 
     fetch32_key = recipe.key(recipe.SUITE, recipe.I386_KERNEL, recipe.I386_BUSYBOX)
@@ -161,7 +161,7 @@ def make_ext4(tree: Path, image: Path, size: str, options: list[str], logs: Path
 def make_guests(images: Images) -> None:
     """One tree for all guests: it is an initrd, and it is what a guest's root disk is filled with."""
     busybox_tree(images.guest)
-    copy_modules(images.packages, recipe.GUEST_MODULES, images.guest)
+    copy_modules(images.packages, recipe.GUEST_MODULES, images.guest, recipe.GUEST_MODULES_LATER)
     packages.quiet(["depmod", "-b", str(images.guest), images.kernel_version()], images.logs / "depmod.log")
     (images.root / "opt/lab").mkdir(parents=True, exist_ok=True)
     slim = elf.Program((images.root / "usr/bin/fio").read_bytes())
@@ -226,13 +226,17 @@ def module_closure(modules_dep: str, wanted: list[str]) -> list[str]:
     return order
 
 
-def copy_modules(packages_tree: Path, names: list[str], tree: Path) -> None:
-    """Copy modules with their dependencies; leaves the loading order in /etc/modules.order for a plain insmod loop."""
+def copy_modules(packages_tree: Path, names: list[str], tree: Path, later: list[str] | None = None) -> None:
+    """Copy modules with their dependencies; leaves the loading order in /etc/lab-modules for a plain insmod loop.
+
+    Those `later` are only there, not in that list.
+    """
     version = kernel_version(packages_tree)
     base = packages_tree / "lib/modules" / version
-    order = module_closure((base / "modules.dep").read_text(), names)
+    table = (base / "modules.dep").read_text()
+    order = module_closure(table, names)
     target = tree / "lib/modules" / version
-    for path in order:
+    for path in dict.fromkeys(order + module_closure(table, later or [])):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(base / path, target / path)
     for index in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 #: Lines of a kernel log (dom0's or a guest's) that fail a run.
 KERNEL_TROUBLE = re.compile(
     r"WARNING:|BUG:|Oops|general protection fault|Kernel panic|INFO: task .* blocked for more than"
-    r"|rcu: INFO|self-detected stall|Call Trace:|soft lockup|I/O error|Buffer I/O error|EXT4-fs error|bogus|bad ring")
+    r"|rcu: INFO|self-detected stall|Call Trace:|soft lockup|I/O error|Buffer I/O error|EXT4-fs error|bogus|bad ring"
+    # netfront's complaints about its backend (drivers/net/xen-netfront.c), and xenbus_dev_error's "vif vif-0: 22 …".
+    r"|net eth\d+: (?:Invalid|Bad|bad|rx->|Need|Missing|GSO|Unexpected|Malformed)|vif vif-[\d-]+: \d+ ")
 #: Lines of Xen's log that fail a run: a guest or dom0 used a grant or an event channel wrongly, or Xen is ill.
 XEN_TROUBLE = re.compile(
     r"\(XEN\).*(Assertion|Xen BUG|Xen WARN|FATAL|Panic|gnttab.*[Bb]ad|Bad grant|bad ref|Bad flags|Unstable TSC"

@@ -11,10 +11,15 @@ echo "xenstore $(xenstore-ls -f / | grep -vc ' = ""$')"
 echo "ports $(lsevtchn 0 | wc -l)"
 echo "loops $(ls -d /sys/block/loop*/loop 2>/dev/null | wc -l)"
 echo "domains $(xl list | wc -l)"
-for pid in $(cat /run/lab-backend.pid 2>/dev/null); do
-    echo "backend-fds $(ls /proc/$pid/fd | wc -l)"
-    echo "backend-threads $(ls /proc/$pid/task | wc -l)"
-    echo "backend-maps $(grep -c gntdev /proc/$pid/maps)"
+echo "links $(ls -d /sys/class/net/*/ | wc -l)"       # not bonding_masters
+echo "nft-tables $(nft list tables | wc -l)"
+echo "routes $({ ip -4 route show table all; ip -6 route show table all; } | wc -l)"
+echo "neighbours $({ ip neigh show nud permanent; ip neigh show proxy; } | wc -l)"
+for name in backend netback; do
+    pid=$(cat /run/lab-$name.pid 2>/dev/null) || continue
+    echo "$name-fds $(ls /proc/$pid/fd | wc -l)"
+    echo "$name-threads $(ls /proc/$pid/task | wc -l)"
+    echo "$name-maps $(grep -c gntdev /proc/$pid/maps)"
 done
 echo BEGIN-XEN
 xl dmesg -c | tee -a /var/log/lab/xl-dmesg.log

@@ -40,6 +40,7 @@ class GuestConfig:
     memory: int = 320
     vcpus: int = 1
     disks: list[Disk] = field(default_factory=list)
+    vifs: list[str] = field(default_factory=list)               # as in xl.cfg
     root: str = ""                      # "xvda": the initrd goes on to that disk
     blkfront: dict[str, object] = field(default_factory=dict)   # module parameters
     kernel: str = "/lab/boot/vmlinux"
@@ -56,9 +57,10 @@ class GuestConfig:
         if self.blkfront:
             extra += " lab.blkfront=" + ",".join(f"{name}={value}" for name, value in self.blkfront.items())
         disks = ", ".join(f'"{disk.spec(backend)}"' for disk in self.disks)
+        vifs = ",".join(f"'{vif}'" for vif in self.vifs)
         return (f'name="{self.name}"\ntype="{self.kind}"\nkernel="{self.kernel}"\nramdisk="{self.ramdisk}"\n'
                 f'extra="{extra}"\nmemory={self.memory}\nvcpus={self.vcpus}\n'
-                f'on_poweroff="destroy"\non_reboot="{self.on_reboot}"\non_crash="destroy"\ndisk=[{disks}]\n')
+                f'on_poweroff="destroy"\non_reboot="{self.on_reboot}"\non_crash="destroy"\ndisk=[{disks}]\nvif=[{vifs}]\n')
 
 
 class Guest:
@@ -123,3 +125,7 @@ class Guest:
     def restored(self) -> None:
         """Tell that the guest goes on under a new domain id: its init will not announce itself again."""
         self._restored = True
+
+    def rebooted(self) -> None:
+        """Tell that it starts anew under a new domain id, and will say when it is ready."""
+        self._restored = False

@@ -18,45 +18,89 @@ BACKENDS = ("kernel", "qdisk", "ours")
 #: dom0's folder for images. On its root disk, which is thrown away with the machine.
 IMAGES = "/srv/lab"
 
-#: Everything our binary is given. Documented in README.md: change both. A kept machine may still run an older one:
+#: Everything our programs are given. Documented in README.md: change both. A kept machine may still run older ones:
 #: OURS_STOP comes first.
 OURS_START = r"""
-modprobe -r xen-blkback 2>/dev/null
-lsmod | grep -q '^xen_blkback' && { echo "xen-blkback is loaded and cannot be removed"; exit 1; }
+program() { if [ -e /run/lab-bin/$1 ]; then echo /run/lab-bin/$1; else echo /lab/bin/$1; fi; }     # see Lab.install
+serve() {       # serve PID-FILE LOG PROGRAM ARGUMENT…
+    local pid=$1 log=$2; shift 2
+    RUST_LOG=${LAB_RUST_LOG:-info} RUST_BACKTRACE=1 setsid "$@" >> $log 2>&1 < /dev/null &
+    echo $! > $pid
+}
+serves() { kill -0 $(cat $1) || { tail -20 $2; exit 1; }; }
+modprobe -r xen-blkback xen-netback 2>/dev/null
+lsmod | grep -E '^xen_(blk|net)back' && { echo "the kernel's backend is loaded and cannot be removed"; exit 1; }
 script=/etc/xen/scripts/block
 [ -e $script.stock ] || cp -p $script $script.stock
-binary=/run/lab-blkback         # put there by run.py --on-kept --binary
-[ -e $binary ] || binary=/lab/bin/blkback
-mount --bind $binary $script
-RUST_LOG=${LAB_RUST_LOG:-info} RUST_BACKTRACE=1 setsid $binary serve --queues 4 \
-    >> /var/log/lab/blkback.log 2>&1 < /dev/null &
-echo $! > /run/lab-backend.pid
+mount --bind $(program blkback) $script
+serve /run/lab-backend.pid /var/log/lab/blkback.log $(program blkback) serve --queues 4
+netback=$(program netback); scripts=$(program bridge-scripts)
+if [ -e $netback ] && [ -e $scripts ]; then
+    for name in NAMES; do
+        script=/etc/xen/scripts/$name
+        [ ! -e $script ] || [ -L $script ] || mv $script $script.stock
+        ln -sfn $scripts $script
+    done
+    modprobe tun
+    serve /run/lab-netback.pid /var/log/lab/netback.log $netback serve
+fi
 sleep 1
-kill -0 $(cat /run/lab-backend.pid) || { tail -20 /var/log/lab/blkback.log; exit 1; }
+serves /run/lab-backend.pid /var/log/lab/blkback.log
+[ ! -e /run/lab-netback.pid ] || serves /run/lab-netback.pid /var/log/lab/netback.log
 """
 OURS_STOP = r"""
-if [ -e /run/lab-backend.pid ]; then
-    pid=$(cat /run/lab-backend.pid)
+for name in backend netback; do
+    [ -e /run/lab-$name.pid ] || continue
+    pid=$(cat /run/lab-$name.pid)
     kill -TERM $pid 2>/dev/null
     for i in $(seq 100); do [ -d /proc/$pid ] || break; sleep 0.1; done
-    [ -d /proc/$pid ] && { kill -KILL $pid; echo "blkback did not end within 10 s of SIGTERM"; }
-    rm -f /run/lab-backend.pid
-fi
+    [ -d /proc/$pid ] && { kill -KILL $pid; echo "our $name did not end within 10 s of SIGTERM"; }
+    rm -f /run/lab-$name.pid
+done
 mountpoint -q /etc/xen/scripts/block && umount /etc/xen/scripts/block
+for name in NAMES; do
+    script=/etc/xen/scripts/$name
+    [ ! -L $script ] || rm $script
+    [ ! -e $script.stock ] || mv $script.stock $script
+done
 true
 """
+#: What bridge-scripts is called as. The first three are libxl's hotplug programs, the others xend's and ours.
+SCRIPT_NAMES = ("vif-bridge", "vif-route", "vif-nat", "network-bridge", "network-vlan", "network-dummy", "network-route",
+                "network-nat")
+OURS_START, OURS_STOP = (text.replace("NAMES", " ".join(SCRIPT_NAMES)) for text in (OURS_START, OURS_STOP))
 
 
 class Lab:
-    def __init__(self, machine: Machine, has_binary: bool, slow: float = 1.0) -> None:
-        self.machine, self.has_binary, self.slow = machine, has_binary, slow
+    def __init__(self, machine: Machine, slow: float = 1.0) -> None:
+        self.machine, self.slow = machine, slow
         self.backend = ""
         self.guests: list[Guest] = []
         self.notes: list[tuple[str, str]] = []
         self.guest_dmesg: dict[str, str] = {}
         self._xen_log = ""          # read while counting, not yet looked at
         self.last_counts: dict[str, int] | None = None
+        self.links: list[str] = []          # made by scenarios, deleted afterwards
         self.sh(f"mkdir -p {IMAGES}")
+        self.sniffer = 0                    # see network.sniff
+        self._find_programs()
+
+    def program(self, name: str) -> str:
+        """Where one of our programs is in dom0."""
+        return self.sh(f"for f in /run/lab-bin/{name} /lab/bin/{name}; do [ -e $f ] && echo $f && break; done").strip()
+
+    def _find_programs(self) -> None:
+        there = set(self.sh("ls /lab/bin /run/lab-bin 2>/dev/null; true").split())
+        self.has_binary = "blkback" in there
+        self.has_network = {"netback", "bridge-scripts"} <= there
+
+    def install(self, programs: dict[str, Path]) -> None:
+        """Put newer programs of ours into a running dom0."""
+        if programs:
+            self.sh(OURS_STOP + "mkdir -p /run/lab-bin")      # a running program's file cannot be written
+            for name, file in programs.items():
+                self.machine.put(file, f"/run/lab-bin/{name}")
+            self._find_programs()
 
     # ---- dom0
 
@@ -97,9 +141,13 @@ class Lab:
                 raise CommandFailed(said)
             if backend == "kernel":
                 # More queues than dom0 has CPUs, so that the guest's parameter decides.
-                self.sh("modprobe xen-blkback max_queues=4")
+                self.sh("modprobe xen-blkback max_queues=4; modprobe xen-netback")
         self.backend = backend
         self.last_counts = None
+
+    def background(self, command: str) -> int:
+        """Start something in dom0 that goes on until the scenario ends; returns its process id."""
+        return int(self.sh(f"{command} >> /var/log/lab/background.log 2>&1 < /dev/null & echo $! | tee -a /run/lab-pids"))
 
     # ---- images
 
@@ -197,8 +245,11 @@ class Lab:
     def clean(self) -> None:
         """Whatever a scenario left: guests away, loops away, images away."""
         self.sh("for name in $(xl list | awk 'NR>2 {print $1}'); do xl destroy $name; done; "
-                "umount /mnt 2>/dev/null; losetup -D; rm -rf " + IMAGES + "/*", 120, check=False)
+                "umount /mnt 2>/dev/null; losetup -D; rm -rf " + IMAGES + "/*; "
+                "for pid in $(cat /run/lab-pids 2>/dev/null); do kill $pid; done 2>/dev/null; rm -f /run/lab-pids; "
+                "ip -all netns delete; " + "".join(f"ip link delete {name} 2>/dev/null; " for name in self.links), 120, check=False)
         self.guests.clear()
+        self.links.clear()
 
     # ---- counting
 
@@ -222,15 +273,15 @@ class Lab:
     def trouble(self) -> list[str]:
         """New lines in the kernel's, Xen's, the guests' and our backend's logs that fail a run."""
         new = self.sh("dmesg -c | tee -a /var/log/lab/dmesg.log; echo; echo @@XEN; xl dmesg -c | tee -a /var/log/lab/xl-dmesg.log; "
-                      "echo @@OURS; n=$(cat /run/lab-log-seen 2>/dev/null || echo 0); "
-                      "tail -c +$((n+1)) /var/log/lab/blkback.log 2>/dev/null; "
-                      "stat -c %s /var/log/lab/blkback.log > /run/lab-log-seen 2>/dev/null; true")
+                      "echo @@OURS; for name in blkback netback; do log=/var/log/lab/$name.log; seen=/run/lab-seen-$name; "
+                      "tail -c +$(($(cat $seen 2>/dev/null || echo 0)+1)) $log 2>/dev/null; "
+                      "stat -c %s $log > $seen 2>/dev/null; done; true")
         kernel, _, rest = new.partition("@@XEN")
         xen, _, ours = rest.partition("@@OURS")
         found = [f"dom0: {line}" for line in checks.trouble(kernel, checks.KERNEL_TROUBLE)]
         xen, self._xen_log = self._xen_log + xen, ""
         found += [f"xen: {line}" for line in checks.trouble(xen, checks.XEN_TROUBLE)]
-        found += [f"blkback: {line}" for line in checks.trouble(ours, checks.BACKEND_TROUBLE)]
+        found += [f"ours: {line}" for line in checks.trouble(ours, checks.BACKEND_TROUBLE)]
         for name, text in self.guest_dmesg.items():
             found += [f"{name}: {line}" for line in checks.trouble(text, checks.KERNEL_TROUBLE)]
         self.guest_dmesg.clear()
@@ -242,7 +293,8 @@ class Lab:
         self.sh("dmesg > /var/log/lab/dmesg-now.log; xl dmesg > /var/log/lab/xl-dmesg-now.log; "
                 "xenstore-ls -f / > /var/log/lab/xenstore.txt; xl list -l > /var/log/lab/xl-list.json; ps aux > /var/log/lab/ps.txt; "
                 "cp /proc/interrupts /var/log/lab/interrupts.txt; "
-                "for pid in $(cat /run/lab-backend.pid 2>/dev/null); do cat /proc/$pid/task/*/stack > /var/log/lab/backend-stacks.txt; done; "
+                "{ ip -d address; ip route show table all; ip neigh; bridge vlan; bridge fdb; nft list ruleset; } > /var/log/lab/network.txt 2>&1; "
+                "for pid in $(cat /run/lab-backend.pid /run/lab-netback.pid 2>/dev/null); do cat /proc/$pid/task/*/stack > /var/log/lab/backend-stacks.txt; done; "
                 "tar cf /tmp/logs.tar -C /var/log lab xen", check=False)
         self.machine.get("/tmp/logs.tar", into / "logs.tar")
 

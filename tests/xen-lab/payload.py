@@ -1,6 +1,6 @@
 """The payload: a small read-only disk made for each boot, mounted at /lab in dom0.
 
-It carries all that changes between two runs (the agent, the guests' init, our binary), so that changing any of it
+It carries all that changes between two runs (the agent, the guests' init, our binaries), so that changing any of it
 costs a second and not a new dom0 image.
 """
 
@@ -15,6 +15,9 @@ import cpio
 from progress import Step
 
 HERE = Path(__file__).resolve().parent
+
+#: Our programs as dom0 knows them, below /lab/bin. The first one is what `--binary FILE` names.
+PROGRAMS = ("blkback", "netback", "bridge-scripts", "dom0-bench")
 
 #: A guest's kernel ends the machine by calling these. As scripts, because busybox' own would ask an init that is
 #: not there.
@@ -38,10 +41,23 @@ def archive(tree: Path) -> bytes:
     return out.getvalue()
 
 
-def make(images: build.Images, binary: Path | None) -> Path:
+def programs(path: Path | None) -> dict[str, Path]:
+    """Which of our programs `--binary PATH` means: a folder holds them under their names; a file is blkback, and the
+    others are taken from beside it, as far as they are there."""
+    if path is None:
+        return {}
+    folder = path if path.is_dir() else path.parent
+    found = {name: folder / name for name in PROGRAMS if (folder / name).is_file()}
+    if not path.is_dir():
+        found[PROGRAMS[0]] = path
+    return found
+
+
+def make(images: build.Images, binaries: dict[str, Path]) -> Path:
     """Build the payload disk and return it. The layout below /lab is what scenarios rely on:
 
-    boot/vmlinux, boot/guest.cpio, boot/vmlinux-i386, boot/guest-i386.cpio, guest-root.img, bin/blkback, bin/dom0-bench (if built beside it), dom0/agent.py
+    boot/vmlinux, boot/guest.cpio, boot/vmlinux-i386, boot/guest-i386.cpio, guest-root.img, bin/busybox (dom0's ping,
+    wget and httpd), bin/NAME for each of our programs that is there, dom0/agent.py, dom0/net.py
     """
     image = images.cache / "payload.img"
     tree = images.cache / "payload"
@@ -54,13 +70,10 @@ def make(images: build.Images, binary: Path | None) -> Path:
                 shutil.copy(file, tree / "dom0" / file.name)
         shutil.copy(HERE / "wire.py", tree / "wire.py")
         shutil.copy(images.vmlinux, tree / "boot/vmlinux")
-        if binary:
-            shutil.copy(binary, tree / "bin/blkback")
-            (tree / "bin/blkback").chmod(0o755)
-            # dom0 can play a guest with it.
-            bench = binary.with_name("dom0-bench")
-            if bench.is_file():
-                shutil.copy(bench, tree / "bin/dom0-bench")
+        shutil.copy(images.guest / "bin/busybox", tree / "bin/busybox")
+        for name, file in binaries.items():
+            shutil.copy(file, tree / "bin" / name)
+            (tree / "bin" / name).chmod(0o755)
 
         overlay = images.cache / "guest-overlay"
         shutil.rmtree(overlay, ignore_errors=True)

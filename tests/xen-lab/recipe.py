@@ -22,7 +22,7 @@ DOM0_MODULE_FOLDERS = [
     "arch", "block", "crypto", "lib", "fs/ext4", "fs/jbd2", "fs/fuse", "fs/ocfs2", "fs/overlayfs",
     "fs/dlm", "net/8021q", "net/802", "net/bridge", "net/llc", "net/netfilter", "net/openvswitch", "net/sched",
     "net/ipv4/netfilter", "net/ipv6/netfilter", "drivers/block", "drivers/xen", "drivers/virtio", "drivers/md",
-    "drivers/char/hw_random", "drivers/net/xen-netback",
+    "drivers/char/hw_random", "drivers/net/xen-netback", "drivers/net/bonding", "net/tls",
 ]
 DOM0_MODULE_FILES = [
     "fs/mbcache.ko", "drivers/char/virtio_console.ko", "drivers/net/tun.ko", "drivers/net/dummy.ko",
@@ -35,6 +35,8 @@ DOM0_INITRD_MODULES = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"]
 
 #: What every guest has.
 GUEST_MODULES = ["xen-blkfront", "xen-netfront", "crc32c_generic", "ext4"]
+#: What guests have besides, loaded by the scenario that wants it (`modprobe`): tagged frames, bridge protocol frames.
+GUEST_MODULES_LATER = ["8021q", "bridge"]
 #: Programs copied out of dom0's tree, with their libraries, for the guests that measure.
 GUEST_TOOLS = [
     "/opt/lab/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/blkdiscard", "/bin/lsblk", "/bin/dd",

@@ -26,7 +26,7 @@ import payload  # noqa: E402
 import report  # noqa: E402
 import scenario as scenarios  # noqa: E402
 import terminal  # noqa: E402
-from lab import BACKENDS, OURS_STOP, Lab  # noqa: E402
+from lab import BACKENDS, Lab  # noqa: E402
 from progress import die, say  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,13 +41,14 @@ def arguments() -> argparse.Namespace:
     commands.add_parser("stop", help="end a kept machine")
     for name in ("test", "shell"):
         command = commands.add_parser(name)
-        command.add_argument("--binary", type=Path, help="our blkback (static, or for glibc 2.36), copied into dom0")
+        command.add_argument("--binary", type=Path, help="a folder with our programs, or our blkback with the others beside "
+                             "it (static, or for glibc 2.36); copied into dom0")
         command.add_argument("--backend", help="comma separated: " + ", ".join(BACKENDS))
     test = commands.choices["test"]
     test.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="name or name[backend]; none means all")
     test.add_argument("--keep", action="store_true", help="leave the machine running; `shell` then connects to it")
     test.add_argument("--on-kept", action="store_true", help="use the machine an earlier --keep left: no boot, but also "
-                      "its agent; --binary is copied in (and the machine stays)")
+                      "its agent; what --binary names is copied in (and the machine stays)")
     test.add_argument("--slow", type=float, default=1.0, metavar="X", help="multiply every time-out (busy machine)")
     return parser.parse_args()
 
@@ -64,8 +65,11 @@ def main() -> int:
         return 0
     if args.command == "shell" and machines.running_pid(args.cache / "run"):
         return terminal.attach(args.cache / "run/console.sock", "a kept machine; `run.py stop` ends it")
-    if getattr(args, "binary", None) and not args.binary.is_file():
-        die(f"--binary {args.binary}: no such file")
+    if getattr(args, "binary", None):
+        if not args.binary.exists():
+            die(f"--binary {args.binary}: no such file or folder")
+        if payload.PROGRAMS[0] not in payload.programs(args.binary):
+            die(f"--binary {args.binary}: there is no {payload.PROGRAMS[0]} in it")
     # A kept machine runs on the images as they were: they are not touched under it.
     images = build.Images(args.cache) if getattr(args, "on_kept", False) else build.build(args.cache)
     if args.command == "build":
@@ -86,10 +90,10 @@ def backends(args: argparse.Namespace) -> list[str]:
 
 def shell(args: argparse.Namespace, images: build.Images) -> int:
     backend = (backends(args) or ["ours" if args.binary else "kernel"])[0]
-    machine = machines.Machine(images, payload.make(images, args.binary))
+    machine = machines.Machine(images, payload.make(images, payload.programs(args.binary)))
     try:
         machine.start()
-        Lab(machine, bool(args.binary)).use_backend(backend)
+        Lab(machine).use_backend(backend)
         return terminal.attach(machine.folder / "console.sock", f"backend {backend}; kernel and initrd for guests in /lab/boot")
     finally:
         machine.stop()
@@ -107,7 +111,7 @@ def test(args: argparse.Namespace, images: build.Images) -> int:
     logs = args.cache / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     if not args.on_kept:
-        payload.make(images, args.binary)
+        payload.make(images, payload.programs(args.binary))
     elif not machines.running_pid(args.cache / "run"):
         die("--on-kept: no machine is running; start one with --keep")
     outcomes: list[scenarios.Outcome] = []
@@ -125,12 +129,13 @@ def test(args: argparse.Namespace, images: build.Images) -> int:
                 else:
                     machine.start(180 * args.slow)
                     boots += 1
-                lab = Lab(machine, bool(args.binary) or args.on_kept, args.slow)
+                lab = Lab(machine, args.slow)
                 if args.on_kept and not boots:
                     lab.clean()
-                    if args.binary:
-                        lab.sh(OURS_STOP)       # a running program's file cannot be written
-                        machine.put(args.binary, "/run/lab-blkback")
+                    lab.install(payload.programs(args.binary))
+            if run.scenario.network and run.backend == "ours" and not lab.has_network:
+                say(f"NOT TESTED: {run.title}: no netback and bridge-scripts beside blkback")
+                continue
             outcome = one(lab, run, logs)
             outcomes.append(outcome)
             say(f"[{number}/{len(runs)}] {run.title}: {'ok' if outcome.passed else 'FAILED'} {outcome.seconds:.1f} s")
@@ -203,7 +208,7 @@ def tail(lab: Lab, run: scenarios.Run, logs: Path) -> None:
         archive.extractall(into, filter="data") if hasattr(tarfile, "data_filter") else archive.extractall(into)
     (into / "logs.tar").unlink()
     shutil.copy(lab.machine.console_log, into / "console.log")
-    for name in ("lab/blkback.log", "lab/xl.log", "lab/dmesg.log", "lab/xl-dmesg.log"):
+    for name in ("lab/blkback.log", "lab/netback.log", "lab/xl.log", "lab/dmesg.log", "lab/xl-dmesg.log"):
         file = into / name
         if file.exists() and file.stat().st_size:
             print(f"--- end of {name}")

@@ -32,6 +32,8 @@ class Scenario:
     by_name_only: bool = False
     #: Measures something: with our binary, the stock backends run it too, in the same boot.
     compare: bool = False
+    #: Is about interfaces: ours then means netback and bridge-scripts, which must have been built.
+    network: bool = False
     #: Lower runs earlier.
     order: int = 50
 

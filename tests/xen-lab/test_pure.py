@@ -18,7 +18,9 @@ import counts  # noqa: E402
 import cpio  # noqa: E402
 import elf  # noqa: E402
 import machine  # noqa: E402
+import network  # noqa: E402
 import packages  # noqa: E402
+import payload  # noqa: E402
 import recipe  # noqa: E402
 import report  # noqa: E402
 import scenario  # noqa: E402
@@ -126,6 +128,9 @@ class Guests(unittest.TestCase):
         self.assertIn("lab.root=xvda", text)
         self.assertIn("lab.blkfront=max_queues=2", text)
         self.assertIn('disk=["format=raw,vdev=xvda,access=rw,target=/i"]', text)
+        # As the handbooks write it.
+        text = GuestConfig("g", vifs=["mac=00:16:3e:5f:77:fd, bridge=xenbr0", "bridge=xenbr1"]).text("ours")
+        self.assertIn("vif=['mac=00:16:3e:5f:77:fd, bridge=xenbr0','bridge=xenbr1']\n", text)
 
 
 class Logs(unittest.TestCase):
@@ -164,6 +169,8 @@ class Counts(unittest.TestCase):
         self.assertEqual(counts.parse(self.TEXT), {"xenstore": 40, "ports": 12, "backend-fds": 9, "grants": 2})
 
     def test_leaks(self) -> None:
+        text = "links 3\nnft-tables 0\nnetback-fds 12\nBEGIN-XEN\n"
+        self.assertEqual(counts.parse(text), {"links": 3, "nft-tables": 0, "netback-fds": 12, "grants": 0})
         self.assertEqual(counts.leaks({"a": 1, "b": 2}, {"a": 2, "b": 1, "new": 5}), ["a: 1 → 2"])
 
 
@@ -184,6 +191,38 @@ class Trace(unittest.TestCase):
 
     def test_a_cut_record_ends_it(self) -> None:
         self.assertEqual(list(xentrace.records(self.record(5, 1, 2)[:-2])), [])
+
+
+class Programs(unittest.TestCase):
+    def test_a_folder_or_a_file_with_its_neighbours(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.assertEqual(payload.programs(None), {})
+            self.assertEqual(payload.programs(folder), {})
+            for program in ("blkback", "netback", "other", "mine"):
+                (folder / program).touch()
+            self.assertEqual(payload.programs(folder), {"blkback": folder / "blkback", "netback": folder / "netback"})
+            self.assertEqual(payload.programs(folder / "blkback"), payload.programs(folder))
+            # Any file can be tried in blkback's place.
+            self.assertEqual(payload.programs(folder / "mine")["blkback"], folder / "mine")
+
+
+class Frames(unittest.TestCase):
+    """What the sniffing scenarios conclude from bytes."""
+
+    ADDRESSES = bytes.fromhex("ffffffffffff" "00163e000001")
+
+    def test_ipv4(self) -> None:
+        frame = self.ADDRESSES + bytes.fromhex("0800" "4500001c" "00000000" "40010000" "0a12004d" "0a1200fe") + bytes(8)
+        self.assertEqual(network.ipv4_source(frame), "10.18.0.77")
+        self.assertEqual(network.sources([frame, self.ADDRESSES + b"\x08\x06" + bytes(28)]), {"10.18.0.77"})
+        self.assertEqual((network.tag(frame), network.ipv6_source(frame)), (0, None))
+        self.assertIsNone(network.ipv4_source(frame[:20]))
+
+    def test_tags_and_ipv6(self) -> None:
+        self.assertEqual(network.tag(self.ADDRESSES + bytes.fromhex("8100" "219b" "0800")), 0x19B)
+        frame = self.ADDRESSES + bytes.fromhex("86dd" "60000000" "00003a40") + network.packed("fd17::99") + network.packed("fd17::1")
+        self.assertEqual(network.ipv6_source(frame), "fd17::99")
 
 
 class Scenarios(unittest.TestCase):

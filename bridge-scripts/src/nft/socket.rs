@@ -246,11 +246,11 @@ fn emit(bytes: &mut Vec<u8>, sequence: u32, flags: u16, message: NetfilterMessag
     header.flags = NLM_F_REQUEST | flags;
     let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
     message.finalize();
-    let at = bytes.len();
+    // Counted once: it means going through the whole message.
+    let (at, length) = (bytes.len(), message.header.length as usize);
     // Messages begin at multiples of four.
-    bytes.resize(at + message.buffer_len().next_multiple_of(4), 0);
-    let end = at + message.buffer_len();
-    message.serialize(&mut bytes[at..end]);
+    bytes.resize(at + length.next_multiple_of(4), 0);
+    message.serialize(&mut bytes[at..at + length]);
 }
 
 /// A message of the kernel.

@@ -2,7 +2,8 @@
 
 use std::rc::Rc;
 
-use bridge_scripts::vif;
+use bridge_scripts::nft::{Change, Family, Nft};
+use bridge_scripts::{antispoof, vif};
 use hypervisor::PAGE_SIZE;
 use hypervisor::memory::{IoList, Mapping};
 use xenstore_client::xenbus::Fault;
@@ -28,6 +29,16 @@ impl Vif {
         let name = tap.name().map_err(|error| tap_fault(&error))?.unwrap_or_else(|| self.name());
         let others = (1..count).map(|queue| self.config.taps.open(&name, queue as u32));
         std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>().map_err(|error| tap_fault(&error))
+    }
+
+    /// Removes the filter of an interface that is gone: nftables keep what was bound to it. libxl's hotplug program does
+    /// so too, but nobody runs it when a domain and its toolstack vanish together.
+    pub(super) fn forget_filter(&self, interface: &str) {
+        let names = [interface.to_owned(), self.name()];
+        let changes = names.map(|name| Change::Delete(Family::Netdev, antispoof::table_name(&name)));
+        if let Err(error) = Nft::open().and_then(|mut nft| nft.apply(&changes)) {
+            tracing::debug!(device = %self.id.backend_path, %error, "the filter cannot be removed");
+        }
     }
 
     /// Makes the tap, and puts it where the last one was if a hotplug program has done that before.

@@ -373,7 +373,10 @@ impl Device for Vif {
 
     fn release(&mut self) {
         self.bury();
-        self.tap = None;
+        let name = self.tap.take().and_then(|tap| tap.name().ok().flatten());
+        if let Some(name) = name {
+            self.forget_filter(&name);
+        }
     }
 }
 
