@@ -66,7 +66,7 @@ impl Kind for VbdKind {
             workers: Vec::new(),
             counters: Vec::new(),
             running: Arc::default(),
-            params: None,
+            opened_with: None,
         })
     }
 }
@@ -96,8 +96,8 @@ pub struct Vbd {
     workers: Vec<Worker>,
     counters: Vec<Arc<Counters>>,
     running: Arc<Mutex<Running>>,
-    /// The key `params`, as the medium was opened with.
-    params: Option<String>,
+    /// Our directory's keys, as the medium was opened with.
+    opened_with: Option<Keys>,
 }
 
 /// What the queues' threads speak to.
@@ -174,32 +174,36 @@ impl Vbd {
 
     /// Another disk is put into the drive, or none.
     fn change_medium(&mut self, params: &str) {
-        let Some(old) = &self.medium else { return };
+        let (Some(old), Some(keys)) = (&self.medium, &self.opened_with) else { return };
         if !(old.kind.cdrom || old.kind.removable) {
             let text =
                 "EINVAL only a drive's disk can be changed (device-type cdrom, or removable); this is a fixed disk";
             self.notifier.tell(MEDIUM_STATUS, Some(text.to_owned()));
             return;
         }
-        let kind = old.kind;
-        let keys = [
-            (PARAMS, params),
-            ("device-type", if kind.cdrom { "cdrom" } else { "disk" }),
-            ("mode", if kind.read_only { "r" } else { "w" }),
-            ("removable", if kind.removable { "1" } else { "0" }),
-            ("discard-enable", if kind.discard || kind.read_only { "1" } else { "0" }),
-        ];
-        let said = match Medium::open(&Keys::from_pairs(keys)) {
+        let mut keys = keys.clone();
+        keys.insert(PARAMS, params);
+        // The hotplug program's, of the disk that goes.
+        keys.insert("physical-device-path", "");
+        match Medium::open(&keys) {
             Ok(medium) => {
                 tracing::info!(device = %self.id.backend_path, image = params, "the disk in the drive was changed");
                 let order = Order::Disk(Arc::clone(&medium.image), medium.shape(&self.config.limits));
                 self.order(&order, medium.describe(&self.config.limits));
-                self.medium = Some(medium);
-                if params.is_empty() { "empty".to_owned() } else { "inserted".to_owned() }
+                (self.medium, self.opened_with) = (Some(medium), Some(keys));
+                self.say_medium();
             }
-            Err(fault) => fault.text,
+            Err(fault) => self.notifier.tell(MEDIUM_STATUS, Some(fault.text)),
+        }
+    }
+
+    /// Says what is in a drive.
+    fn say_medium(&self) {
+        let Some(medium) = self.medium.as_ref().filter(|medium| medium.kind.cdrom || medium.kind.removable) else {
+            return;
         };
-        self.notifier.tell(MEDIUM_STATUS, Some(said));
+        let said = if medium.image.path().as_os_str().is_empty() { "empty" } else { "inserted" };
+        self.notifier.tell(MEDIUM_STATUS, Some(said.to_owned()));
     }
 
     /// Builds all queues, or none.
@@ -281,7 +285,7 @@ impl Device for Vbd {
             tracing::warn!(device = %self.id.backend_path, image = %image.path().display(), "{note}");
         }
         let keys = medium.describe(&self.config.limits);
-        self.params = backend.get(PARAMS).map(str::to_owned);
+        self.opened_with = Some(backend.clone());
         self.medium = Some(medium);
         Ok(keys)
     }
@@ -314,10 +318,12 @@ impl Device for Vbd {
     fn backend_changed(&mut self, key: &str, value: Option<&str>) {
         match key {
             RESIZE if value.is_some() => self.resize(),
-            PARAMS if self.medium.is_some() && value != self.params.as_deref() => {
-                self.params = value.map(str::to_owned);
-                self.change_medium(value.unwrap_or_default());
-            }
+            PARAMS => match &self.opened_with {
+                // The directory's first contents come this way too, and so does who asks for what is there already.
+                Some(keys) if keys.get(PARAMS) == value => self.say_medium(),
+                Some(_) => self.change_medium(value.unwrap_or_default()),
+                None => {}
+            },
             _ => {}
         }
     }

@@ -129,6 +129,7 @@ impl Worker {
                 pin(plan.cpu);
                 let (counters, image) = (Arc::clone(&plan.counters), Arc::clone(&plan.image));
                 let (units, measures) = (Arc::clone(&plan.units), plan.measures);
+                let hold_when_full = plan.hold_when_full;
                 let (built, queue) = match build(plan, &wake) {
                     Ok(queue) => (Ok(()), Some(queue)),
                     Err(fault) => (Err(fault), None),
@@ -143,7 +144,21 @@ impl Worker {
                 let drive = AssertUnwindSafe(|| {
                     let (stop, wake, report, counters) = (&*stop, &wake, &report, &*counters);
                     let (orders, full, retried) = (inbox, false, Instant::now());
-                    Drive { queue, image, units, measures, counters, stop, wake, orders, full, retried, report }.run();
+                    Drive {
+                        queue,
+                        image,
+                        units,
+                        measures,
+                        hold_when_full,
+                        counters,
+                        stop,
+                        wake,
+                        orders,
+                        full,
+                        retried,
+                        report,
+                    }
+                    .run();
                 });
                 if catch_unwind(drive).is_err() {
                     report(Report::Broken(Fault::host(libc::EIO, "a queue's thread panicked; see the log")));
@@ -285,6 +300,7 @@ struct Drive<'a, R> {
     image: Arc<Image>,
     units: Arc<Units>,
     measures: bool,
+    hold_when_full: bool,
     counters: &'a Counters,
     stop: &'a AtomicBool,
     wake: &'a Arc<OwnedFd>,
@@ -321,7 +337,8 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 self.next_period();
                 period_began = Instant::now();
             }
-            if let Ok(order) = self.orders.try_recv() {
+            // All of them: they rang once, and the bell is silent by now.
+            while let Ok(order) = self.orders.try_recv() {
                 self.carry_out(order)?;
             }
             if self.queue.held() > 0 {
@@ -370,13 +387,17 @@ impl<R: Fn(Report)> Drive<'_, R> {
         match order {
             Order::Shape(shape) => self.queue.reshape(shape),
             Order::Disk(image, shape) => {
+                // Who takes a disk out does not wait for room on it, nor for its server to come back.
+                self.queue.hold_when_full(false);
                 self.queue.give_up_held();
                 while self.queue.in_flight() > 0 {
                     self.queue.drain()?;
                     if self.queue.in_flight() > 0 {
-                        self.wait(PERIOD)?;
+                        self.queue.storage().give_up();
+                        self.wait(RETRY)?;
                     }
                 }
+                self.queue.hold_when_full(self.hold_when_full);
                 let units = Arc::clone(&self.units);
                 let entries = self.queue.slots();
                 let made = storage(&image, self.queue.channel(), self.wake, entries, shape, units);

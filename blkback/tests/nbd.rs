@@ -9,8 +9,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use blkback::abi::op;
-use blkback::front::{Options, Piece, Queue};
-use common::{Dom0, outcomes, status, until};
+use blkback::drive;
+use blkback::front::{Frontend, Options, Piece, Queue};
+use blkback::vdev::Vdev;
+use common::{Dom0, XVDA, outcomes, status, until};
+use xenstore_client::Store;
 
 /// A server that ends with the test.
 struct Server {
@@ -216,6 +219,36 @@ fn a_dead_server_holds_up_no_detach() {
     std::thread::sleep(Duration::from_millis(50));
     assert!(queue.outcome().unwrap().is_none(), "the guest waits");
     disk.close();
+}
+
+/// A disk in a drive whose server is gone for good can be taken out, with reads of it waiting.
+#[test]
+fn a_disk_of_a_dead_server_is_ejected() {
+    let dom0 = Dom0::start();
+    let (image, socket) = image(&dom0);
+    let other = dom0.image("other.iso", 1 << 20);
+    let Some(server) = Server::qemu(&image, &socket, &["-r"]) else { return };
+    let guest = dom0.guest("guest");
+    dom0.attach(&guest, &format!("{},,xvdd:cdrom,r", target(&socket, ":disk").display())).unwrap();
+    let mut front = Frontend::connect(guest.clone(), XVDA + 3 * 16, &Options::default()).unwrap();
+    let mut queues = front.take_queues();
+    server.kill();
+    queues[0].submit(op::READ, 0, &[Piece { page: 0, first: 0, last: 7 }], 1);
+    queues[0].publish().unwrap();
+    let vdev = Vdev::parse("xvdd").unwrap();
+    let domid = hypervisor::Guest::domid(&*guest);
+    drive::change(&dom0.store, hypervisor::DomId::DOM0, domid, vdev, None).unwrap();
+    let state = format!("{}/sectors", front.backend_path());
+    until("the drive is empty", || dom0.store.read_opt(&state).unwrap().as_deref() == Some("0"));
+    assert_eq!(outcomes(&mut queues[0], 1)[0].status, -1);
+    // And two changes that come together are both made, at once.
+    let path = front.backend_path().to_owned();
+    for params in [other.to_str().unwrap(), ""] {
+        dom0.store.write(&format!("{path}/params"), params).unwrap();
+    }
+    drive::change(&dom0.store, hypervisor::DomId::DOM0, domid, vdev, other.to_str()).unwrap();
+    until("the drive is full", || dom0.store.read_opt(&state).unwrap().as_deref() == Some("2048"));
+    front.close(queues).unwrap();
 }
 
 /// The server comes back with another disk: it is not taken for the old one.

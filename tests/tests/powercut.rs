@@ -104,6 +104,7 @@ enum Asked {
 /// Writes and flushes at random until the connection breaks, and notes what happens.
 fn work(uri: &str, known: &mut [Known], next: &mut u64, random: &mut Random) -> (u64, u64) {
     let mut link = Link::make(&format!("nbd:unix:{uri}").parse().unwrap()).unwrap();
+    link.stream.be_patient().unwrap();
     let mut flying: HashMap<u64, Asked> = HashMap::new();
     let mut busy = std::collections::HashSet::new();
     let (mut cookie, mut writes, mut flushes) = (0u64, 0, 0);

@@ -247,11 +247,18 @@ impl State {
         self.outgoing.remove(at)
     }
 
+    /// No flush can be true from now on: what was kept for one is of no use, and must not make writes wait.
+    fn forget(&mut self) {
+        self.forgotten = true;
+        self.log.clear();
+        self.log_bytes = 0;
+    }
+
     /// Takes an answer in.
     fn finish(&mut self, cookie: u64, answer: Answer, flushes: bool) {
         let Some(request) = self.requests.remove(&cookie) else { return };
         match (&request.ask, answer.is_ok()) {
-            (Ask::Write { offset, data }, true) if flushes => {
+            (Ask::Write { offset, data }, true) if flushes && !self.forgotten => {
                 self.last_logged += 1;
                 self.log_bytes += data.len() as u64;
                 self.log.push_back(Logged { number: self.last_logged, offset: *offset, data: Arc::clone(data) });
@@ -270,7 +277,7 @@ impl State {
                 if let Err(error) = answer {
                     // The guest was promised nothing; but nothing can be promised any more.
                     tracing::error!(%error, "the NBD server cannot flush");
-                    self.forgotten = true;
+                    self.forget();
                 }
             }
         }
@@ -368,10 +375,7 @@ fn restore(shared: &Shared, mut link: Link) -> io::Result<Link> {
         let reply = SimpleReply::decode(&reply).map_err(io::Error::other)?;
         if reply.error != 0 {
             tracing::error!(offset, error = reply.error, "what the NBD server forgot cannot be written again");
-            let mut state = shared.state();
-            state.forgotten = true;
-            state.log.clear();
-            state.log_bytes = 0;
+            shared.state().forget();
             break;
         }
     }
@@ -400,6 +404,7 @@ fn start(shared: &Arc<Shared>, links: Vec<Link>) -> Threads {
     let mut threads = Vec::new();
     for link in links {
         let spawned = (|| -> io::Result<_> {
+            link.stream.be_patient()?;
             let (reader, handle) = (link.stream.another()?, link.stream.another()?);
             let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
                 std::thread::Builder::new().name(name.to_owned()).spawn(body)

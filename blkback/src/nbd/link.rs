@@ -6,6 +6,8 @@ use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::net::sockopt;
+
 use super::export::{Export, Place};
 use super::protocol::*;
 
@@ -33,6 +35,7 @@ impl Stream {
                     match TcpStream::connect_timeout(&address, PATIENCE) {
                         Ok(stream) => {
                             stream.set_nodelay(true)?;
+                            notice_silence(&stream)?;
                             return Ok(Self::Tcp(stream));
                         }
                         Err(error) => last = error,
@@ -50,7 +53,15 @@ impl Stream {
         }
     }
 
-    /// From now on a read or write that takes longer fails.
+    /// From now on reads and writes wait for as long as it takes.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn be_patient(&self) -> io::Result<()> {
+        self.set_patience(None)
+    }
+
+    /// From now on a read or write that takes longer than a second fails.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -77,6 +88,18 @@ impl Stream {
             Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
         };
     }
+}
+
+/// Has the kernel end a connection whose other end is gone without a word: its machine lost power, or the network is cut.
+/// Noticed after some 25 s of silence (tcp(7)).
+fn notice_silence(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(10))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    // Keepalive does not look while sent data wait for their acknowledgement.
+    sockopt::set_tcp_user_timeout(stream, 25_000)?;
+    Ok(())
 }
 
 impl Read for Stream {
@@ -117,7 +140,7 @@ pub struct Info {
 /// A connection that is ready for requests.
 #[derive(Debug)]
 pub struct Link {
-    /// The connection. Reads and writes wait for as long as it takes.
+    /// The connection. Reads and writes fail after five seconds, until it is told to [`be_patient`](Stream::be_patient).
     pub stream: Stream,
     /// What the server said.
     pub info: Info,
@@ -153,7 +176,6 @@ impl Link {
         stream.write_all(&OptionHeader { option: NBD_OPT_GO, length: query.len() as u32 }.encode())?;
         stream.write_all(&query)?;
         let info = replies(&mut stream)?;
-        stream.set_patience(None)?;
         Ok(Self { stream, info })
     }
 }
