@@ -69,12 +69,21 @@ fn xen_3s_names_are_as_in_the_handbooks() {
         ("vif0.0", "master xenbr0"),
         ("xenbr0", "8000.fe:ff:ff:ff:ff:ff"),
         ("xenbr0", "stp_state 0"),
+        ("xenbr0", "NOARP"),
         ("eth0", mac.as_str()),
     ] {
         assert!(links(name).contains(says), "{name} without {says}: {}", links(name));
     }
     assert_eq!(world.ip("-o addr show dev xenbr0"), "");
     assert_eq!(world.ip("-o addr show dev peth0"), "");
+    // Whoever asks for dom0's address hears one answer, and it is eth0's.
+    for _ in 0..5 {
+        world.outside("ip neigh flush all");
+        let mut line = Line::open(world.echo("10.1.0.1:0"));
+        line.says("after a question by ARP");
+        let heard = world.outside("ip neigh show 10.1.0.2");
+        assert!(heard.contains(&mac), "{heard}");
+    }
 }
 
 #[test]

@@ -72,6 +72,9 @@ pub(super) fn start(state: &State, luggage: &Luggage, mut record: Record, plan: 
     plan.steps.extend(sysctl(state, &own, &disable_ipv6(&own), "1"));
     if record.made_bridge {
         make_bridge(&bridge, Some(Mac::XEN), plan);
+        // Linux answers ARP for every address it has on whatever link the question comes in. The bridge would answer for
+        // eth0 with its own address, and who heard that cannot reach eth0 once the bridge is gone.
+        plan.push(Step::SetArp { link: bridge.clone(), arp: false });
         plan.steps.extend(sysctl(state, &bridge, &disable_ipv6(&bridge), "1"));
         if card.mtu != 1500 {
             plan.push(Step::SetMtu { link: bridge.clone(), mtu: card.mtu });
