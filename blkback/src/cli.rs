@@ -113,6 +113,9 @@ struct Serve {
     /// Copy always instead of keeping the guest's pages mapped
     #[arg(long)]
     no_persistent: bool,
+    /// Do not offer flushes, only barriers (a guest that knows no barriers can then make nothing durable)
+    #[arg(long, conflicts_with = "no_barrier")]
+    no_flush: bool,
     /// Do not offer barriers (guests that know flushes use those anyway)
     #[arg(long)]
     no_barrier: bool,
@@ -141,7 +144,9 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Serve(serve) => {
             program::log_to_stderr("info");
             let signals = StopSignals::block()?;
-            run_server(join()?, serve, signals)
+            let xen = join()?;
+            let _claim = cli.machine.claim("blkback")?;
+            run_server(xen, serve, signals)
         }
         Command::Attach { domain, disk, wait } => {
             let words: Vec<&str> = disk.iter().map(String::as_str).collect();
@@ -219,6 +224,7 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: StopSignals) -> Resu
         ring_page_order: serve.ring_order,
         indirect_segments: serve.indirect,
         persistent: !serve.no_persistent,
+        flush: !serve.no_flush,
         barrier: !serve.no_barrier,
         discard: !serve.no_discard,
         ..Limits::default()

@@ -34,6 +34,8 @@ pub struct Limits {
     pub indirect_segments: u32,
     /// Whether pages may stay mapped.
     pub persistent: bool,
+    /// Whether flushes are offered.
+    pub flush: bool,
     /// Whether barriers are offered.
     pub barrier: bool,
     /// Whether discards are, on disks that can.
@@ -45,7 +47,15 @@ impl Default for Limits {
     fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let queues = processors.min(16) as u32;
-        Self { ring_page_order: 4, queues, indirect_segments: 256, persistent: true, barrier: true, discard: true }
+        Self {
+            ring_page_order: 4,
+            queues,
+            indirect_segments: 256,
+            persistent: true,
+            flush: true,
+            barrier: true,
+            discard: true,
+        }
     }
 }
 
@@ -113,7 +123,7 @@ pub fn describe(image: &Image, limits: &Limits, kind: Kind) -> Pairs {
     let info = bit(cdrom, VDISK_CDROM) | bit(removable, VDISK_REMOVABLE) | bit(read_only, VDISK_READONLY);
     let mut keys = vec![
         // Both: a frontend that knows flushes prefers them, and does not stop everything for each.
-        pair("feature-flush-cache", 1),
+        pair("feature-flush-cache", u32::from(limits.flush)),
         pair("feature-barrier", u32::from(limits.barrier && !read_only)),
         pair("feature-persistent", u32::from(limits.persistent)),
         pair("feature-discard", u32::from(discard)),

@@ -193,7 +193,8 @@ fn the_directory_that_libxl_writes_for_backendtype_tap() {
 /// wrote before its barrier is on the disk after it.
 #[test]
 fn barriers_on_every_queue() {
-    let dom0 = Dom0::with(Config { limits: Limits { queues: 4, ..Limits::default() }, cpus: vec![] });
+    let limits = Limits { queues: 4, flush: false, ..Limits::default() };
+    let dom0 = Dom0::with(Config { limits, cpus: vec![] });
     let image = dom0.image("disk.img", 8 << 20);
     let options = Options { queues: 4, pool_pages: 32, ..Options::default() };
     let mut disk = dom0.connected(&image, "w", &options);

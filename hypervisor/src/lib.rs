@@ -8,6 +8,7 @@
 //! * [`memory`] is the only place that touches bytes another domain can change.
 //! * [`program`] is what the programs of backends have in common.
 
+mod claim;
 pub mod emu;
 pub mod event;
 pub mod grant;
@@ -18,6 +19,7 @@ pub mod xen;
 use std::fmt::Debug;
 use std::path::PathBuf;
 
+pub use claim::Claim;
 pub use event::{EventChannel, Port};
 pub use grant::{CopyDirection, CopyOp, GrantAccess, GrantRef, GrantStatus};
 use memory::Mapping;

@@ -3,12 +3,16 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 use xenstore_client::DomId;
 use xenstore_client::xenbus::{Device, Driver, Kind, StopHandle};
 
-use crate::{Backend, Machine};
+use crate::{Backend, Claim, Machine};
+
+/// How long a server that was told to stop may take before the next one gives up on it.
+const PREDECESSOR: Duration = Duration::from_secs(10);
 
 /// A sentence for whoever typed the command.
 pub type Failure = Box<dyn std::error::Error>;
@@ -35,6 +39,14 @@ impl MachineArguments {
             "this is no domain of Xen (no /dev/xen here): name an emulated machine with --hypervisor emu:DIR, \
              where emu-xen serve --dir DIR runs",
         )?)
+    }
+
+    /// The right to be `program` for the backend's domain, which only one process has at a time. Keep it while serving.
+    ///
+    /// # Errors
+    /// When there is no machine, or another process has it.
+    pub fn claim(&self, program: &str) -> Result<Claim, Failure> {
+        Ok(self.machine()?.claim(program, self.backend_domid, PREDECESSOR)?)
     }
 
     /// Joins the machine as the backend's domain.

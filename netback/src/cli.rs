@@ -93,7 +93,9 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Serve(serve) => {
             let signals = StopSignals::block()?;
             preflight::check(cli.machine.machine()? == Machine::Xen)?;
-            run_server(cli.machine.join()?, serve, signals)
+            let xen = cli.machine.join()?;
+            let _claim = cli.machine.claim("netback")?;
+            run_server(xen, serve, signals)
         }
         Command::Attach { domain, vif, wait } => {
             let words: Vec<&str> = vif.iter().map(String::as_str).collect();

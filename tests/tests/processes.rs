@@ -80,6 +80,15 @@ fn blkback_stops_in_order() {
     guest.process.expect("is connected");
 }
 
+/// Two that answer the same rings would be the end of the guests' data.
+#[test]
+fn a_second_blkback_is_refused() {
+    let dom0 = Dom0::start();
+    let said = fails(&mut dom0.blkback(["serve"]));
+    let first = format!("another blkback serves this domain already (process {})", dom0.blkback.pid());
+    assert!(said.contains(&first), "{said}");
+}
+
 #[test]
 fn the_commands_say_what_they_did() {
     let dom0 = Dom0::start();

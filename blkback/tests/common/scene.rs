@@ -43,6 +43,7 @@ pub fn config() -> Config {
         ring_page_order: 4,
         indirect_segments: 256,
         persistent: true,
+        flush: true,
         barrier: true,
         discard: true,
     };
