@@ -218,6 +218,7 @@ mod tests {
         queues: 4,
         indirect_segments: 256,
         persistent: true,
+        flush: true,
         barrier: true,
         discard: true,
     };
