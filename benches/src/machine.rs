@@ -24,7 +24,7 @@ pub const NETBACK: &str = "netback";
 pub const BRIDGE_SCRIPTS: &str = "bridge-scripts";
 
 /// Where bridge-scripts keep their lock and journal: not the host's, which is another network.
-const SCRIPTS_FOLDER: &str = "BRIDGE_SCRIPTS_RUN";
+pub(crate) const SCRIPTS_FOLDER: &str = "BRIDGE_SCRIPTS_RUN";
 
 /// A running part of the machine; it ends when this is dropped, or when this process dies.
 #[derive(Debug)]

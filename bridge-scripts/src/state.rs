@@ -271,7 +271,7 @@ pub struct State {
     pub sysctls: BTreeMap<String, String>,
     /// Our records (small files in the run directory) that were asked for and exist.
     pub records: BTreeMap<String, String>,
-    /// Whether the root file system comes over the network.
+    /// Whether the root file system comes over the network. Only looked at together with all links.
     pub root_on_network: bool,
 }
 

@@ -24,7 +24,9 @@ impl Link {
     ///
     /// When the kernel cannot be asked.
     pub fn read(&mut self, what: &What) -> Result<State, Error> {
-        let mut state = State { root_on_network: root_on_network(), ..State::default() };
+        // Of one link nobody asks that, and some machines have many mounts.
+        let whole = what.links.is_none();
+        let mut state = State { root_on_network: whole && root_on_network(), ..State::default() };
         let wanted = match &what.links {
             None => {
                 self.all_links(&mut state)?;

@@ -9,6 +9,7 @@ mod change;
 mod conntrack;
 mod dump;
 mod links;
+mod qdisc;
 mod routes;
 mod wire;
 

@@ -1,6 +1,6 @@
 //! Tables as the messages of nf_tables (linux/netfilter/nf_tables.h).
 
-use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{DefaultNla, NLA_F_NESTED, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, DataAttribute, DevHookNumber, Hook as HookAttribute, HookNumber, InetHookNumber,
     ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags,
@@ -13,34 +13,56 @@ use super::set::number;
 use super::{Chain, Family, Hook, HookKind, HookPoint, Policy, Rule, Set, SetKind, Table};
 
 /// A message, the netlink flags it needs beside NLM_F_REQUEST, and what it is about, for an error.
-pub(super) struct Part {
+pub(super) struct Part<'a> {
     pub(super) message: NetfilterMessage,
     pub(super) flags: u16,
-    pub(super) about: String,
+    pub(super) about: About<'a>,
+}
+
+/// What a message is about. In words only if the kernel refuses it: the words of a hundred rules take their time.
+#[derive(Clone, Copy)]
+pub(super) enum About<'a> {
+    /// The one that was there.
+    Before,
+    Table,
+    Set(&'a Set),
+    Chain(&'a Chain),
+    Rule(&'a Chain, &'a Rule),
+}
+
+impl std::fmt::Display for About<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Before => f.write_str("the table before"),
+            Self::Table => f.write_str("the table"),
+            Self::Set(set) => write!(f, "set {}", set.name),
+            Self::Chain(chain) => write!(f, "chain {}", chain.name),
+            Self::Rule(chain, rule) => write!(f, "chain {}: rule `{rule}`", chain.name),
+        }
+    }
 }
 
 /// What makes the kernel have this table and nothing else of its name. If it is `new`, the kernel refuses with EEXIST where
 /// there is one already.
-pub(super) fn replace(table: &Table, new: bool) -> Vec<Part> {
+pub(super) fn replace(table: &Table, new: bool) -> Vec<Part<'_>> {
     let mut parts = if new { Vec::new() } else { delete(table.family, &table.name) };
     let part = |message, flags, about| Part { message: wrap(table.family, message), flags, about };
     let alone = if new { NLM_F_CREATE | NLM_F_EXCL } else { NLM_F_CREATE };
-    parts.push(part(new_table(&table.name), alone, "the table".to_owned()));
+    parts.push(part(new_table(&table.name), alone, About::Table));
     for (id, set) in (1..).zip(&table.sets) {
-        let about = format!("set {}", set.name);
-        parts.push(part(new_set(&table.name, set, id), NLM_F_CREATE, about.clone()));
+        let about = About::Set(set);
+        parts.push(part(new_set(&table.name, set, id), NLM_F_CREATE, about));
         if !set.ranges.is_empty() {
             parts.push(part(new_elements(&table.name, set, id), NLM_F_CREATE, about));
         }
     }
     for chain in &table.chains {
-        parts.push(part(new_chain(table.family, &table.name, chain), NLM_F_CREATE, format!("chain {}", chain.name)));
+        parts.push(part(new_chain(table.family, &table.name, chain), NLM_F_CREATE, About::Chain(chain)));
     }
     for chain in &table.chains {
         for rule in &chain.rules {
             let message = new_rule(table, chain, rule);
-            let about = format!("chain {}: rule `{rule}`", chain.name);
-            parts.push(part(message, NLM_F_CREATE | NLM_F_APPEND, about));
+            parts.push(part(message, NLM_F_CREATE | NLM_F_APPEND, About::Rule(chain, rule)));
         }
     }
     parts
@@ -48,11 +70,11 @@ pub(super) fn replace(table: &Table, new: bool) -> Vec<Part> {
 
 /// What makes the kernel have no table of this name. One that is not there is made first: deleting what is absent
 /// would make the whole batch fail, and looking first would be a race.
-pub(super) fn delete(family: Family, name: &str) -> Vec<Part> {
+pub(super) fn delete<'a>(family: Family, name: &str) -> Vec<Part<'a>> {
     let attributes = vec![TableAttribute::Name(name.to_owned())];
     let gone = NfTablesMessage::DeleteTable(TableMessage { attributes });
     [(new_table(name), NLM_F_CREATE), (gone, 0)]
-        .map(|(message, flags)| Part { message: wrap(family, message), flags, about: "the table before".to_owned() })
+        .map(|(message, flags)| Part { message: wrap(family, message), flags, about: About::Before })
         .into()
 }
 
@@ -178,11 +200,14 @@ fn hook_attributes(family: Family, hook: &Hook) -> Vec<HookAttribute> {
     attributes
 }
 
+/// NFTA_RULE_EXPRESSIONS.
+const RULE_EXPRESSIONS: u16 = 4;
+
 fn new_rule(table: &Table, chain: &Chain, rule: &Rule) -> NfTablesMessage {
     let mut attributes = vec![
         RuleAttribute::Table(table.name.clone()),
         RuleAttribute::Chain(chain.name.clone()),
-        RuleAttribute::Expressions(expression::of(table, rule)),
+        RuleAttribute::Other(DefaultNla::new(RULE_EXPRESSIONS | NLA_F_NESTED, expression::of(table, rule))),
     ];
     if let Some(comment) = &rule.comment {
         // NFTNL_UDATA_RULE_COMMENT of libnftnl: type 0, length, text with its zero.

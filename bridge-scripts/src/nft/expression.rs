@@ -2,51 +2,54 @@
 
 use std::net::IpAddr;
 
-use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED};
-use netlink_packet_netfilter::nftables::{
-    Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, Operator,
-    Payload, Register, Verdict, VerdictAttribute,
-};
-
+use super::attributes::Attributes;
 use super::field::{Needs, Place};
 use super::{Action, Base, CtState, Family, Field, Match, Op, Rule, Table, Value};
 
-type Expression = ListAttribute<ExpressionAttribute>;
-
-/// The expressions of a rule.
-pub(super) fn of(table: &Table, rule: &Rule) -> Vec<Expression> {
+/// The expressions of a rule: what is in NFTA_RULE_EXPRESSIONS.
+pub(super) fn of(table: &Table, rule: &Rule) -> Vec<u8> {
     Writer::default().rule(table, rule)
 }
 
-const REGISTER: Register = Register::Reg1;
+/// NFT_REG_1, which everything goes through, and NFT_REG_VERDICT.
+const REGISTER: u32 = 1;
+const VERDICT: u32 = 0;
+/// NFTA_LIST_ELEM, and in it NFTA_EXPR_NAME and NFTA_EXPR_DATA.
+const ELEMENT: u16 = 1;
+const NAME: u16 = 1;
+const DATA: u16 = 2;
+/// In an attribute that holds data: NFTA_DATA_VALUE and NFTA_DATA_VERDICT.
+const DATA_VALUE: u16 = 1;
+const DATA_VERDICT: u16 = 2;
 
 /// Writes a rule's expressions, and remembers what was asked already so that nothing is asked twice.
 #[derive(Default)]
 struct Writer {
-    expressions: Vec<Expression>,
+    expressions: Attributes,
     asked: Vec<(Field, Value)>,
     ethernet: bool,
 }
 
 impl Writer {
-    fn rule(mut self, table: &Table, rule: &Rule) -> Vec<Expression> {
+    fn rule(mut self, table: &Table, rule: &Rule) -> Vec<u8> {
         for condition in &rule.matches {
             self.condition(table, condition);
         }
         if rule.counter {
             // NFTA_COUNTER_BYTES and _PACKETS.
-            self.other("counter", vec![DefaultNla::new(1, vec![0; 8]), DefaultNla::new(2, vec![0; 8])]);
+            self.push("counter", |data| {
+                data.u64(1, 0).u64(2, 0);
+            });
         }
         self.action(&rule.action);
-        self.expressions
+        self.expressions.finish()
     }
 
-    fn push(&mut self, expression: Expressions) {
-        self.expressions.push(expression.into());
-    }
-
-    fn other(&mut self, name: &str, attributes: Vec<DefaultNla>) {
-        self.push(Expressions::Other { expression_type: name.to_owned(), attributes });
+    /// Appends an expression of this kind; `attributes` are its own.
+    fn push(&mut self, kind: &str, attributes: impl FnOnce(&mut Attributes)) {
+        self.expressions.nest(ELEMENT, |element| {
+            element.text(NAME, kind).nest(DATA, attributes);
+        });
     }
 
     fn condition(&mut self, table: &Table, condition: &Match) {
@@ -56,9 +59,9 @@ impl Writer {
                 self.asked.push((*field, value.clone()));
                 let (data, mask) = self.load(*field, value);
                 if let Some(mask) = mask {
-                    self.mask(mask);
+                    self.mask(&mask);
                 }
-                self.compare(*op, data);
+                self.compare(*op, &data);
             }
             Match::Masked(field, mask, op, value) => {
                 self.needs(table.family, *field);
@@ -67,25 +70,26 @@ impl Writer {
                 for (bit, allowed) in mask.iter_mut().zip(whole.unwrap_or_else(|| vec![0xff; data.len()])) {
                     *bit &= allowed;
                 }
-                self.mask(mask);
-                self.compare(*op, data);
+                self.mask(&mask);
+                self.compare(*op, &data);
             }
             Match::Range { field, not, from, to } => {
                 self.needs(table.family, *field);
                 let (from, mask) = self.load(*field, from);
                 if let Some(mask) = mask {
-                    self.mask(mask);
+                    self.mask(&mask);
                 }
                 let to = placed(*field, to);
                 if *not {
                     // NFTA_RANGE_SREG, _OP (NFT_RANGE_NEQ), _FROM_DATA, _TO_DATA.
-                    let data = |kind: u16, bytes| DefaultNla::new(kind | NLA_F_NESTED, value_bytes(bytes));
-                    let (register, op) = (u32::from(REGISTER).to_be_bytes(), 1u32.to_be_bytes());
-                    let plain = [DefaultNla::new(1, register.into()), DefaultNla::new(2, op.into())];
-                    self.other("range", plain.into_iter().chain([data(3, from), data(4, to)]).collect());
+                    self.push("range", |data| {
+                        data.u32(1, REGISTER).u32(2, 1);
+                        value(data, 3, &from);
+                        value(data, 4, &to);
+                    });
                 } else {
-                    self.compare(Op::Ge, from);
-                    self.compare(Op::Le, to);
+                    self.compare(Op::Ge, &from);
+                    self.compare(Op::Le, &to);
                 }
             }
             Match::Network { field, not, network, prefix } => {
@@ -96,45 +100,36 @@ impl Writer {
                     IpAddr::V6(_) => std::net::Ipv6Addr::from_bits(u128::MAX).into(),
                 };
                 if u16::from(*prefix) < field.bits() {
-                    self.mask(bytes_of(super::show::masked(ones, *prefix)));
+                    self.mask(&bytes_of(super::show::masked(ones, *prefix)));
                 }
-                self.compare(if *not { Op::Ne } else { Op::Eq }, data);
+                self.compare(if *not { Op::Ne } else { Op::Eq }, &data);
             }
             Match::Set { field, not, set } => {
                 self.needs(table.family, *field);
                 self.fetch(*field);
                 let id = table.sets.iter().position(|other| other.name == *set).unwrap_or(table.sets.len()) + 1;
-                let mut lookup = vec![
-                    Lookup::Set(set.clone()),
-                    Lookup::SourceRegister(REGISTER),
-                    Lookup::SetId(u32::try_from(id).unwrap_or(u32::MAX)),
-                ];
-                if *not {
-                    // NFT_LOOKUP_F_INV.
-                    lookup.push(Lookup::Flags(1));
-                }
-                self.push(Expressions::Lookup(lookup));
+                // NFTA_LOOKUP_SET, _SREG, _SET_ID, _FLAGS (NFT_LOOKUP_F_INV).
+                self.push("lookup", |data| {
+                    data.text(1, set).u32(2, REGISTER).u32(4, u32::try_from(id).unwrap_or(u32::MAX));
+                    if *not {
+                        data.u32(5, 1);
+                    }
+                });
             }
             Match::Ct(states) => {
                 // NFTA_CT_DREG, NFTA_CT_KEY (NFT_CT_STATE). States are bits of a number in the machine's byte order.
-                let register = u32::from(REGISTER).to_be_bytes();
-                self.other("ct", vec![DefaultNla::new(1, register.into()), DefaultNla::new(2, vec![0; 4])]);
+                self.push("ct", |data| {
+                    data.u32(1, REGISTER).u32(2, 0);
+                });
                 let bits = states.iter().fold(0u32, |bits, state| bits | state.bit());
-                self.mask(bits.to_ne_bytes().into());
-                self.compare(Op::Ne, vec![0; 4]);
+                self.mask(&bits.to_ne_bytes());
+                self.compare(Op::Ne, &[0; 4]);
             }
             Match::Limit { over, rate, burst } => {
                 // NFTA_LIMIT_RATE, _UNIT (seconds), _BURST, _TYPE (NFT_LIMIT_PKTS), _FLAGS (NFT_LIMIT_F_INV).
-                self.other(
-                    "limit",
-                    vec![
-                        DefaultNla::new(1, u64::from(*rate).to_be_bytes().into()),
-                        DefaultNla::new(2, 1u64.to_be_bytes().into()),
-                        DefaultNla::new(3, burst.to_be_bytes().into()),
-                        DefaultNla::new(4, 0u32.to_be_bytes().into()),
-                        DefaultNla::new(5, u32::from(*over).to_be_bytes().into()),
-                    ],
-                );
+                self.push("limit", |data| {
+                    data.u64(1, u64::from(*rate)).u64(2, 1).u32(3, *burst).u32(4, 0).u32(5, u32::from(*over));
+                });
             }
         }
     }
@@ -149,8 +144,8 @@ impl Writer {
         let link = matches!(layout.place, Place::Payload(Base::Link, ..)) && !matches!(field, Field::Raw(..));
         if link && family == Family::Netdev && !self.ethernet {
             // NFT_META_IIFTYPE, a number in the machine's byte order, is ARPHRD_ETHER.
-            self.push(Expressions::Meta(vec![Meta::Key(8.into()), Meta::DestinationRegister(REGISTER)]));
-            self.compare(Op::Eq, 1u16.to_ne_bytes().into());
+            self.meta(8);
+            self.compare(Op::Eq, &1u16.to_ne_bytes());
             self.ethernet = true;
         }
         let network = |ethertype| match family {
@@ -175,7 +170,7 @@ impl Writer {
             let question = (field, Value::Number(number));
             if !self.asked.contains(&question) {
                 let (data, _) = self.load(question.0, &question.1);
-                self.compare(Op::Eq, data);
+                self.compare(Op::Eq, &data);
                 self.asked.push(question);
             }
         }
@@ -195,66 +190,82 @@ impl Writer {
     }
 
     fn fetch(&mut self, field: Field) {
-        self.push(match field.layout().place {
-            Place::Meta(key, _) => Expressions::Meta(vec![Meta::Key(key.into()), Meta::DestinationRegister(REGISTER)]),
+        match field.layout().place {
+            Place::Meta(key, _) => self.meta(key),
             Place::Payload(base, offset, bits) => {
                 let (first, bytes) = span(offset, bits);
-                Expressions::Payload(vec![
-                    Payload::DestinationRegister(REGISTER),
-                    Payload::Base(base.number()),
-                    Payload::Offset(first.into()),
-                    Payload::Len(bytes.into()),
-                ])
+                // NFTA_PAYLOAD_DREG, _BASE, _OFFSET, _LEN.
+                self.push("payload", |data| {
+                    data.u32(1, REGISTER).u32(2, base.number()).u32(3, first.into()).u32(4, bytes.into());
+                });
             }
+        }
+    }
+
+    fn meta(&mut self, key: u32) {
+        // NFTA_META_DREG, _KEY.
+        self.push("meta", |data| {
+            data.u32(1, REGISTER).u32(2, key);
         });
     }
 
-    fn mask(&mut self, mask: Vec<u8>) {
+    fn mask(&mut self, mask: &[u8]) {
         let length = u32::try_from(mask.len()).unwrap_or(u32::MAX);
-        let xor = vec![0; mask.len()];
-        self.push(Expressions::Bitwise(vec![
-            Bitwise::SourceRegister(REGISTER),
-            Bitwise::DestinationRegister(REGISTER),
-            Bitwise::Length(length),
-            Bitwise::Mask(DataAttribute::Value(mask)),
-            Bitwise::Xor(DataAttribute::Value(xor)),
-        ]));
+        // NFTA_BITWISE_SREG, _DREG, _LEN, _MASK, _XOR.
+        self.push("bitwise", |data| {
+            data.u32(1, REGISTER).u32(2, REGISTER).u32(3, length);
+            value(data, 4, mask);
+            value(data, 5, &vec![0; mask.len()]);
+        });
     }
 
-    fn compare(&mut self, op: Op, data: Vec<u8>) {
+    fn compare(&mut self, op: Op, with: &[u8]) {
+        // enum nft_cmp_ops.
         let op = match op {
-            Op::Eq => Operator::Equal,
-            Op::Ne => Operator::NotEqual,
-            Op::Lt => Operator::LessThan,
-            Op::Le => Operator::LessThanEqual,
-            Op::Gt => Operator::GreaterThan,
-            Op::Ge => Operator::GreatherThanEqual,
+            Op::Eq => 0,
+            Op::Ne => 1,
+            Op::Lt => 2,
+            Op::Le => 3,
+            Op::Gt => 4,
+            Op::Ge => 5,
         };
-        self.push(Expressions::Cmp(vec![
-            Cmp::SourceRegister(REGISTER),
-            Cmp::Op(op),
-            Cmp::Data(DataAttribute::Value(data)),
-        ]));
+        // NFTA_CMP_SREG, _OP, _DATA.
+        self.push("cmp", |data| {
+            data.u32(1, REGISTER).u32(2, op);
+            value(data, 3, with);
+        });
     }
 
     fn action(&mut self, action: &Action) {
+        // NF_DROP, NF_ACCEPT and enum nft_verdicts.
         let (verdict, chain) = match action {
-            Action::Masquerade => return self.other("masq", Vec::new()),
-            // NF_ACCEPT and NF_DROP.
-            Action::Accept => (Verdict::Other(1), None),
-            Action::Drop => (Verdict::Other(0), None),
-            Action::Return => (Verdict::Return, None),
-            Action::Continue => (Verdict::Continue, None),
-            Action::Jump(to) => (Verdict::Jump, Some(to)),
-            Action::Goto(to) => (Verdict::Goto, Some(to)),
+            Action::Masquerade => return self.push("masq", |_| {}),
+            Action::Drop => (0i32, None),
+            Action::Accept => (1, None),
+            Action::Continue => (-1, None),
+            Action::Jump(to) => (-3, Some(to)),
+            Action::Goto(to) => (-4, Some(to)),
+            Action::Return => (-5, None),
         };
-        let mut attributes = vec![VerdictAttribute::Code(verdict)];
-        attributes.extend(chain.map(|name| VerdictAttribute::Chain(name.clone())));
-        self.push(Expressions::Immediate(vec![
-            Immediate::DestinationRegister(Register::Verdict),
-            Immediate::Data(DataAttribute::Verdict(attributes)),
-        ]));
+        // NFTA_IMMEDIATE_DREG, _DATA; NFTA_VERDICT_CODE, _CHAIN.
+        self.push("immediate", |data| {
+            data.u32(1, VERDICT).nest(2, |data| {
+                data.nest(DATA_VERDICT, |data| {
+                    data.u32(1, verdict.cast_unsigned());
+                    if let Some(chain) = chain {
+                        data.text(2, chain);
+                    }
+                });
+            });
+        });
     }
+}
+
+/// Data to compare with, as an attribute of its own.
+fn value(data: &mut Attributes, kind: u16, bytes: &[u8]) {
+    data.nest(kind, |data| {
+        data.bytes(DATA_VALUE, bytes);
+    });
 }
 
 impl CtState {
@@ -305,12 +316,4 @@ pub(super) fn bytes_of(address: IpAddr) -> Vec<u8> {
         IpAddr::V4(address) => address.octets().into(),
         IpAddr::V6(address) => address.octets().into(),
     }
-}
-
-/// NFTA_DATA_VALUE as the content of a nested attribute.
-fn value_bytes(bytes: Vec<u8>) -> Vec<u8> {
-    let data = [DataAttribute::Value(bytes)];
-    let mut buffer = vec![0; data.as_slice().buffer_len()];
-    data.as_slice().emit(&mut buffer);
-    buffer
 }

@@ -7,6 +7,7 @@
 //!   of a match that make it mean something: `ip saddr` looks at packets of IPv4 only.
 //! * [`Nft`] sends changes as one batch, which the kernel applies whole or not at all.
 
+mod attributes;
 mod check;
 mod encode;
 mod expression;

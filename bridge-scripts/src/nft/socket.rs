@@ -9,7 +9,7 @@ use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessa
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 
-use super::encode::{self, Part};
+use super::encode::{self, About, Part};
 use super::{Family, Malformed, Table};
 
 /// NFNL_SUBSYS_NFTABLES of linux/netfilter/nfnetlink.h: whose batch it is.
@@ -109,7 +109,7 @@ impl Nft {
     }
 
     fn commit(&mut self, changes: &[Change], new: impl Fn(&Table) -> bool) -> Result<(), Error> {
-        let mut parts: Vec<(&Change, Part)> = Vec::new();
+        let mut parts: Vec<(&Change, Part<'_>)> = Vec::new();
         for change in changes {
             let of_change = match change {
                 Change::Replace(table) => {
@@ -126,7 +126,7 @@ impl Nft {
             |message| NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM), message);
         let mut bytes = Vec::new();
         emit(&mut bytes, FIRST, 0, batch(ControlMessage::BatchBegin));
-        let mut about: Vec<(&Change, String)> = Vec::with_capacity(parts.len());
+        let mut about: Vec<(&Change, About<'_>)> = Vec::with_capacity(parts.len());
         for (sequence, (change, part)) in (FIRST + 1..).zip(parts) {
             // Only the last asks for an answer: it comes if all went well, and after the refusals if not.
             let acknowledge = if sequence == last { NLM_F_ACK } else { 0 };
@@ -138,7 +138,7 @@ impl Nft {
         self.verdict(last, |sequence| {
             let index = usize::try_from(sequence.checked_sub(FIRST + 1)?).ok()?;
             let (change, part) = about.get(index)?;
-            Some((change.about(), part.clone()))
+            Some((change.about(), part.to_string()))
         })
     }
 

@@ -93,7 +93,12 @@ pub(super) fn read(
     tap: bool,
     words: Words<'_>,
 ) -> Result<Asked, Error> {
+    // Most keys are not there, and asking for each takes a turn of XenStore's.
+    let there = store.directory_opt(backend)?.unwrap_or_default();
     let stored = |name: &str| -> Result<Option<String>, Error> {
+        if !there.iter().any(|key| key == name) {
+            return Ok(None);
+        }
         let value = store.read_opt(&format!("{backend}/{name}"))?;
         Ok(value.filter(|value| !value.is_empty()))
     };

@@ -11,6 +11,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use bridge_scripts::link::Link;
 use hypervisor::memory::IoList;
 use rustix::fs::{Mode, OFlags};
 
@@ -229,7 +230,15 @@ pub struct KernelTaps;
 
 impl Taps for KernelTaps {
     fn open(&self, name: &str, queue: u32) -> Result<Tap, TapError> {
-        if queue == 0 { Tap::create(name) } else { Tap::attach_queue(name) }
+        if queue > 0 {
+            return Tap::attach_queue(name);
+        }
+        let tap = Tap::create(name)?;
+        // Without it the tap works as well, only slower and with more memory.
+        if let Err(error) = Link::open().and_then(|mut link| link.pass_unqueued(name)) {
+            tracing::debug!(name, %error, "the kernel's queues before the tap stay");
+        }
+        Ok(tap)
     }
 }
 

@@ -32,6 +32,18 @@ fn sys(name: &str, file: &str) -> String {
 }
 
 #[test]
+fn frames_are_not_queued_before_a_tap() {
+    in_namespace(|| {
+        let tap = KernelTaps.open("vif7.0", 0).unwrap();
+        let up = std::process::Command::new("ip").args(["link", "set", "vif7.0", "up"]).status();
+        assert!(up.is_ok_and(|status| status.success()));
+        tap.set_carrier(true).unwrap();
+        let said = sys("vif7.0", "link");
+        assert!(said.contains("UP") && said.contains("qdisc noqueue"), "{said}");
+    });
+}
+
+#[test]
 fn a_tap_is_made_down_and_without_carrier() {
     in_namespace(|| {
         let tap = Tap::create("vif7.0").unwrap();
