@@ -28,7 +28,7 @@ impl Below {
     pub fn new(image: &Image, wakers: &[BorrowedFd<'_>], entries: u32) -> io::Result<Self> {
         match image.remote() {
             Some(client) => NbdStorage::new(Arc::clone(client), image.as_fd(), wakers).map(Self::Server),
-            None => UringStorage::new(image.as_fd(), wakers, entries).map(Self::File),
+            None => UringStorage::with_eraser(image.as_fd(), wakers, entries, image.erase.clone()).map(Self::File),
         }
     }
 }
@@ -53,6 +53,7 @@ impl Storage for Below {
         fn write(&mut self, offset: u64, memory: IoList, token: u32);
         fn flush(&mut self, token: u32);
         fn discard(&mut self, offset: u64, len: u64, token: u32);
+        fn erase(&mut self, offset: u64, len: u64, token: u32);
         #[inline]
         fn submit(&mut self) -> io::Result<()>;
         #[inline]

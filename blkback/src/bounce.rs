@@ -69,6 +69,7 @@ enum Stage {
     /// Writing, from the buffer or from the guest's own pages.
     Write,
     Discard,
+    Erase,
 }
 
 /// An operation under way that is not simply passed on.
@@ -144,7 +145,8 @@ impl<S: Storage> Bounced<S> {
     /// Gives an operation a number, and passes what is to be done first to the storage.
     fn begin(&mut self, mut op: Op) {
         let fits = op.units == (op.offset..op.offset + op.memory.len() as u64);
-        let direct = op.stage == Stage::Discard || fits && op.memory.is_multiple_of(self.unit as usize);
+        let direct =
+            matches!(op.stage, Stage::Discard | Stage::Erase) || fits && op.memory.is_multiple_of(self.unit as usize);
         if !direct {
             match self.buffer() {
                 Ok(buffer) => op.buffer = Some(buffer),
@@ -170,6 +172,7 @@ impl<S: Storage> Bounced<S> {
                 self.inner.write(offset, memory, token);
             }
             Stage::Discard => self.inner.discard(offset, len, token),
+            Stage::Erase => self.inner.erase(offset, len, token),
         }
         self.ops[free] = Some(op);
     }
@@ -273,6 +276,19 @@ impl<S: Storage> Storage for Bounced<S> {
             return;
         }
         self.begin_or_wait(Op { token, stage: Stage::Discard, offset, memory: IoList::default(), units, buffer: None });
+    }
+
+    /// Erases whole units only. Of a range that ends inside one, that end would stay as it is: it is refused.
+    fn erase(&mut self, offset: u64, len: u64, token: u32) {
+        if self.is_plain() {
+            return self.inner.erase(offset, len, token);
+        }
+        let (units, memory) = (self.around(offset, len), IoList::default());
+        if units != (offset..offset + len) {
+            let result = Err(io::ErrorKind::InvalidInput.into());
+            return self.ready.push_back(Done { token, memory, result });
+        }
+        self.begin_or_wait(Op { token, stage: Stage::Erase, offset, memory, units, buffer: None });
     }
 
     #[inline]
@@ -386,6 +402,9 @@ mod tests {
         }
         fn discard(&mut self, offset: u64, len: u64, token: u32) {
             self.ask(offset, IoList::default(), token, Some(len), true);
+        }
+        fn erase(&mut self, offset: u64, len: u64, token: u32) {
+            self.discard(offset, len, token);
         }
         fn submit(&mut self) -> io::Result<()> {
             Ok(())
@@ -534,6 +553,9 @@ mod tests {
         }
         fn discard(&mut self, offset: u64, len: u64, token: u32) {
             self.own.discard(offset, len, token);
+        }
+        fn erase(&mut self, offset: u64, len: u64, token: u32) {
+            self.discard(offset, len, token);
         }
         fn submit(&mut self) -> io::Result<()> {
             Ok(())

@@ -7,14 +7,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use hypervisor::Backend;
 use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
+use hypervisor::{Backend, DomId};
+use xenstore_client::Client;
 use xenstore_client::xenbus::Driver;
 use xenstore_client::xenbus::toolstack::find_domain;
 
 use crate::device::{Config, KINDS, VbdKind};
+use crate::doubt;
 use crate::drive;
 use crate::hotplug;
+use crate::nbd::Export;
 use crate::negotiate::Limits;
 use crate::spec;
 use crate::toolstack::{self, Attached};
@@ -87,6 +90,11 @@ enum Command {
         domain: String,
         /// The drive, as the domain knows it: xvdd, hdc
         vdev: String,
+    },
+    /// Say that a disk whose flush had failed has been checked, and may be written again; without one, show them
+    Checked {
+        /// The image, as it was attached
+        image: Option<String>,
     },
     /// Show the disks of domains
     List {
@@ -202,6 +210,23 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             let path = std::env::var("XENBUS_PATH").map_err(|_| "XENBUS_PATH is not set: this is for libxl to run")?;
             Ok(hotplug::run(&cli.machine.machine()?.store()?, &path, event)?)
         }
+        Command::Checked { image } => {
+            let xen = join()?;
+            let (store, backend) = (xen.store()?, xen.domid());
+            match image {
+                Some(image) => say_checked(&store, backend, &image),
+                None => {
+                    let all = doubt::all(&store, backend)?;
+                    if all.is_empty() {
+                        println!("no flush of a disk is known to have failed");
+                    }
+                    for (image, reason) in all {
+                        println!("{image}: {reason}");
+                    }
+                    Ok(())
+                }
+            }
+        }
         Command::List { domains } => {
             let store = cli.machine.machine()?.store()?;
             for domain in domains {
@@ -210,6 +235,18 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             Ok(())
         }
     }
+}
+
+fn say_checked(store: &Client, backend: DomId, image: &str) -> Result<(), Failure> {
+    let path = if Export::is_one(image) { image.into() } else { std::path::absolute(image)? };
+    if !doubt::checked(store, backend, &path)? {
+        let names: Vec<_> = doubt::all(store, backend)?.into_iter().map(|(image, _)| image).collect();
+        let those =
+            if names.is_empty() { "there are none".to_owned() } else { format!("these are: {}", names.join(", ")) };
+        return Err(format!("no flush of {image} is known to have failed; {those}").into());
+    }
+    println!("{image} may be written again");
+    Ok(())
 }
 
 fn change(xen: &dyn Backend, domain: &str, vdev: &str, image: Option<&str>) -> Result<(), Failure> {

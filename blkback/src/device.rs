@@ -8,9 +8,14 @@ use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 use crate::barrier::Barriers;
 use crate::bounce::Units;
 use crate::counters::Counters;
+use crate::doubt;
 use crate::health::Health;
-use crate::medium::Medium;
+use crate::hotplug;
+use crate::image::{Image, Size};
+use crate::medium::{self, Medium};
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS, Limits};
+use crate::spec::Access;
+use crate::takeover::{self, Lookout};
 use crate::worker::{Order, Plan, Report, Worker};
 
 /// How this process serves disks.
@@ -67,6 +72,8 @@ impl Kind for VbdKind {
             counters: Vec::new(),
             running: Arc::default(),
             opened_with: None,
+            awaited: None,
+            waiting: None,
         })
     }
 }
@@ -98,15 +105,35 @@ pub struct Vbd {
     running: Arc<Mutex<Running>>,
     /// Our directory's keys, as the medium was opened with.
     opened_with: Option<Keys>,
+    /// The disk is the guest's former self's ([`takeover`]); `medium` is what it will be.
+    awaited: Option<Lookout>,
+    /// The guest, connected, waits for it too.
+    waiting: Option<Agreed>,
 }
 
 /// What the queues' threads speak to.
 struct Listener {
+    xen: Arc<dyn Backend>,
     running: Arc<Mutex<Running>>,
     notifier: Notifier,
 }
 
 impl Listener {
+    /// Notes a failed flush where the disk's detachment and the end of this process do not reach. On the queue's thread,
+    /// and before anybody can learn of the failure and attach the disk anew.
+    fn remember(&self, image: &Image, reason: &str) {
+        let noted = image.identity().map_err(|error| error.to_string()).and_then(|identity| {
+            let store = self.xen.store().map_err(|error| error.to_string())?;
+            doubt::note(&store, self.xen.domid(), &identity, image.path(), reason).map_err(|error| error.to_string())
+        });
+        match noted {
+            Ok(()) => tracing::error!(image = %image.path().display(), "{reason}"),
+            Err(error) => {
+                tracing::error!(image = %image.path().display(), %error, "{reason}; this could not be noted in XenStore");
+            }
+        }
+    }
+
     fn hear(&self, report: Report) {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         match report {
@@ -131,8 +158,9 @@ impl Listener {
                     _ => {}
                 }
             }
+            Report::FlushFailed(image, reason) => self.remember(&image, &reason),
             // Heard again as a change of our own key, on the driver's thread, where it can be dealt with.
-            Report::Grown => self.notifier.tell(RESIZE, Some("grown".to_owned())),
+            Report::Resized => self.notifier.tell(RESIZE, Some("changed".to_owned())),
         }
     }
 }
@@ -140,8 +168,14 @@ impl Listener {
 /// Our key that is there while writes wait for room, for `blkback list` and other tools.
 pub const ON_HOLD: &str = "on-hold";
 const NO_ROOM: &str = "ENOSPC no room left on the storage: writes wait and go on by themselves when there is some";
+const NOT_YET: &str =
+    "EBUSY the guest arrives by a migration and waits: its disk is not let go of yet where it comes from";
+/// Our key that is written, by ourselves, when an arriving guest's disk may be had.
+const TAKEOVER: &str = "takeover";
 /// Our key that is written when the disk may have grown: by `blkback resize`, or by us.
 pub const RESIZE: &str = "resize";
+/// Our key that says what came of it: how many sectors the guest has, or what is wrong.
+pub const RESIZE_STATUS: &str = "resize-status";
 /// The key that names the disk; written anew, it changes the disk in a drive.
 const PARAMS: &str = "params";
 /// Our key that says how a change of the disk ended: `inserted`, `empty`, or an error.
@@ -161,14 +195,102 @@ impl Vbd {
     /// The file or device may have grown.
     fn resize(&self) {
         let Some(medium) = &self.medium else { return };
-        match medium.image.measure() {
-            Ok(Some(sectors)) => {
+        let image = &medium.image;
+        let has = image.sectors();
+        let said = match image.measure() {
+            Size::Same if image.remote().is_some() => format!(
+                "EOPNOTSUPP an NBD server says how large its export is when it is attached: the guest keeps its {has} \
+                 sectors; detach it and attach it again for another size"
+            ),
+            Size::Same => has.to_string(),
+            Size::Grown(sectors) => {
                 tracing::info!(device = %self.id.backend_path, sectors, "the disk has grown");
                 let keys = vec![("sectors".to_owned(), sectors.to_string())];
                 self.order(&Order::Shape(medium.shape(&self.config.limits)), keys);
+                sectors.to_string()
             }
-            Ok(None) => {}
-            Err(error) => tracing::warn!(device = %self.id.backend_path, %error, "the disk's size cannot be found out"),
+            Size::Shrunk(sectors) => format!(
+                "EFBIG the storage has {sectors} sectors now: the guest keeps its {has} sectors, and gets errors where \
+                 nothing is; grow it again"
+            ),
+            Size::Unknown(errno) => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                format!("EIO the size of the storage cannot be found out ({error}): the guest keeps its {has} sectors")
+            }
+        };
+        if said.parse::<u64>().is_err() {
+            tracing::warn!(device = %self.id.backend_path, image = %image.path().display(), "{said}");
+        }
+        self.notifier.tell(RESIZE_STATUS, Some(said));
+    }
+
+    /// Opens what `keys` name, unless a flush of it has failed.
+    fn open_medium(&self, keys: &Keys) -> Result<Medium, Fault> {
+        self.trust(Medium::open(keys)?)
+    }
+
+    /// A medium, unless a flush of it has failed.
+    fn trust(&self, medium: Medium) -> Result<Medium, Fault> {
+        if !medium.kind.read_only {
+            let store = self.xen.store().map_err(|error| Fault::host(libc::EIO, error.to_string()))?;
+            let access = Access::Write;
+            doubt::check(&store, self.xen.domid(), medium.image.path(), access)
+                .map_err(|text| Fault::host(libc::EIO, text))?;
+        }
+        Ok(medium)
+    }
+
+    /// Opens the disk, or foresees it if the guest's former self still has it.
+    fn open_or_await(&mut self, keys: &Keys) -> Result<Medium, Fault> {
+        self.awaited = None;
+        let fault = match self.open_medium(keys) {
+            Ok(medium) => return Ok(medium),
+            Err(fault) if fault.errno == libc::EBUSY => fault,
+            Err(fault) => return Err(fault),
+        };
+        let Some(path) = medium::target(keys) else { return Err(fault) };
+        let access = hotplug::access(keys.require("mode")?);
+        let host = |error: String| Fault::host(libc::EIO, error);
+        match Image::check_now(&path, access) {
+            // It was let go of meanwhile.
+            Ok(_) => return self.open_medium(keys),
+            Err(error) => {
+                let store = self.xen.store().map_err(|error| host(error.to_string()))?;
+                if !takeover::may_wait(&store, self.id.frontend_id, &error).map_err(|error| host(error.to_string()))? {
+                    return Err(fault);
+                }
+                tracing::warn!(device = %self.id.backend_path, "{error}: this guest arrives, and waits for it");
+            }
+        }
+        let medium = self.trust(Medium::foresee(keys)?)?;
+        let notifier = self.notifier.clone();
+        // Heard again as a change of our own key, on the driver's thread.
+        let ready = move || notifier.tell(TAKEOVER, Some("ready".to_owned()));
+        self.awaited = Some(Lookout::new(path, access, ready).map_err(|error| host(error.to_string()))?);
+        self.notifier.tell(ON_HOLD, Some(NOT_YET.to_owned()));
+        Ok(medium)
+    }
+
+    /// Whoever had the disk has let go.
+    fn take_over(&mut self) {
+        let (Some(_), Some(keys)) = (self.awaited.take(), self.opened_with.clone()) else { return };
+        self.notifier.tell(TAKEOVER, None);
+        let outcome = self.open_or_await(&keys).and_then(|medium| {
+            let ours = self.awaited.is_none();
+            if ours {
+                tracing::info!(device = %self.id.backend_path, "the disk is this guest's now");
+                self.notifier.tell(ON_HOLD, None);
+                self.notifier.tell(RESIZE_STATUS, None);
+                self.notifier.publish(medium.describe(&self.config.limits));
+                if let Some(agreed) = self.waiting.take() {
+                    self.start_queues(&agreed, &medium)?;
+                }
+            }
+            self.medium = Some(medium);
+            Ok(())
+        });
+        if let Err(fault) = outcome {
+            self.notifier.fault(fault);
         }
     }
 
@@ -185,7 +307,7 @@ impl Vbd {
         keys.insert(PARAMS, params);
         // The hotplug program's, of the disk that goes.
         keys.insert("physical-device-path", "");
-        match Medium::open(&keys) {
+        match self.open_medium(&keys) {
             Ok(medium) => {
                 tracing::info!(device = %self.id.backend_path, image = params, "the disk in the drive was changed");
                 let order = Order::Disk(Arc::clone(&medium.image), medium.shape(&self.config.limits));
@@ -195,6 +317,11 @@ impl Vbd {
             }
             Err(fault) => self.notifier.tell(MEDIUM_STATUS, Some(fault.text)),
         }
+    }
+
+    /// Whether this is what `params` said when the disk was opened.
+    fn is_opened_with(&self, params: Option<&str>) -> bool {
+        self.opened_with.as_ref().is_some_and(|keys| keys.get(PARAMS) == params)
     }
 
     /// Says what is in a drive.
@@ -230,7 +357,11 @@ impl Vbd {
                 measures: index == 0,
                 hold_when_full: medium.hold_when_full,
             };
-            let listener = Listener { running: Arc::clone(&self.running), notifier: self.notifier.clone() };
+            let listener = Listener {
+                xen: Arc::clone(&self.xen),
+                running: Arc::clone(&self.running),
+                notifier: self.notifier.clone(),
+            };
             workers.push(Worker::prepare(plan, move |report| listener.hear(report))?);
         }
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) =
@@ -270,7 +401,7 @@ impl Device for Vbd {
     }
 
     fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
-        let medium = Medium::open(backend)?;
+        let medium = self.open_or_await(backend)?;
         let image = &medium.image;
         tracing::info!(
             device = %self.id.backend_path,
@@ -299,6 +430,10 @@ impl Device for Vbd {
         }
         let agreed = negotiate::agree(frontend, &self.config.limits)?;
         let keys = medium.describe(&self.config.limits);
+        if self.awaited.is_some() {
+            self.waiting = Some(agreed);
+            return Ok(keys);
+        }
         self.start_queues(&agreed, &medium)?;
         tracing::info!(
             device = %self.id.backend_path,
@@ -312,11 +447,18 @@ impl Device for Vbd {
     }
 
     fn watched_backend_keys(&self) -> &[&str] {
-        &[PARAMS, RESIZE]
+        &[PARAMS, RESIZE, TAKEOVER]
     }
 
     fn backend_changed(&mut self, key: &str, value: Option<&str>) {
         match key {
+            TAKEOVER if value.is_some() => self.take_over(),
+            RESIZE if value.is_some() && self.awaited.is_some() => {
+                self.notifier.tell(RESIZE_STATUS, Some(NOT_YET.to_owned()));
+            }
+            PARAMS if self.awaited.is_some() && !self.is_opened_with(value) => {
+                self.notifier.tell(MEDIUM_STATUS, Some(NOT_YET.to_owned()));
+            }
             RESIZE if value.is_some() => self.resize(),
             PARAMS => match &self.opened_with {
                 // The directory's first contents come this way too, and so does who asks for what is there already.
@@ -329,6 +471,7 @@ impl Device for Vbd {
     }
 
     fn disconnect(&mut self) {
+        self.waiting = None;
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.stopping = true;
         if running.queues == 0 {
@@ -343,6 +486,7 @@ impl Device for Vbd {
             self.log_totals();
         }
         self.workers.clear();
+        self.awaited = None;
         self.medium = None;
     }
 }

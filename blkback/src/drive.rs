@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use xenstore_client::{Client, DomId, Store};
 
-use crate::device::{KINDS, MEDIUM_STATUS, RESIZE};
+use crate::device::{KINDS, MEDIUM_STATUS, RESIZE, RESIZE_STATUS};
+use crate::doubt;
 use crate::image::Image;
 use crate::nbd::Export;
 use crate::spec::Access;
@@ -15,8 +16,6 @@ use crate::vdev::Vdev;
 
 /// How long the backend may take: it finishes what is in flight first.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a disk that may not have grown at all is waited for.
-const GROWTH: Duration = Duration::from_secs(1);
 
 fn refused<T>(text: impl Into<String>) -> Result<T, Error> {
     Err(Error::Refused(text.into()))
@@ -53,17 +52,28 @@ fn wait(store: &Client, path: &str, longest: Duration, is_it: impl Fn(&str) -> b
 /// Has the backend look whether a disk has grown. Returns its size before and after, in sectors of 512 bytes.
 ///
 /// # Errors
-/// When there is no such disk, or it is not open.
+/// When there is no such disk, it is not open, or it does not have the size that the guest knows.
 pub fn resize(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev) -> Result<(u64, u64), Error> {
     let path = find(store, backend, frontend, vdev)?;
     let key = format!("{path}/sectors");
     let Some(before) = store.read_opt(&key)? else {
         return refused(format!("{} is not open yet; its backend reads the size when it opens it", vdev.name()));
     };
-    store.write(&format!("{path}/{RESIZE}"), "1")?;
-    let after = wait(store, &key, GROWTH, |value| value != before)?.unwrap_or_else(|| before.clone());
-    let number = |text: &str| text.parse().map_err(|_| Error::Refused(format!("{key} is {text:?}, no number")));
-    Ok((number(&before)?, number(&after)?))
+    let before = before.parse().map_err(|_| Error::Refused(format!("{key} is {before:?}, no number")))?;
+    let status = format!("{path}/{RESIZE_STATUS}");
+    store.transaction(|tx| {
+        tx.rm_if_exists(&status)?;
+        tx.write(&format!("{path}/{RESIZE}"), "1")
+    })?;
+    let Some(said) = wait(store, &status, PATIENCE, |_| true)? else {
+        return refused("the backend did not look in time; is blkback serve running? See its log");
+    };
+    let Ok(after) = said.parse::<u64>() else { return refused(said) };
+    // All queues are told first, and then the guest.
+    match wait(store, &key, PATIENCE, |value| value == after.to_string())? {
+        Some(_) => Ok((before, after)),
+        None => refused(format!("the disk has {after} sectors, but its queues do not take that up; see the log")),
+    }
 }
 
 /// Puts another disk into a drive, or (`None`) takes the one in it out.
@@ -88,6 +98,7 @@ pub fn change(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, targe
     if target.is_some() {
         let access = if key("mode")?.is_some_and(|mode| mode.contains('w')) { Access::Write } else { Access::ReadOnly };
         Image::check(Path::new(&absolute), access).map_err(|error| Error::Refused(error.to_string()))?;
+        doubt::check(store, backend, Path::new(&absolute), access).map_err(Error::Refused)?;
     }
     store.transaction(|tx| {
         tx.rm_if_exists(&format!("{path}/{MEDIUM_STATUS}"))?;

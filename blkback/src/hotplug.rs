@@ -6,11 +6,13 @@
 
 use std::path::{Path, PathBuf};
 
-use xenstore_client::{Client, Store};
+use xenstore_client::{Client, DomId, Store};
 
+use crate::doubt;
 use crate::image::{Image, Problem};
 use crate::nbd::Export;
 use crate::spec::Access;
+use crate::takeover;
 
 /// What libxl wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -81,10 +83,18 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
     };
     // The backend opens it when it sees hotplug-status. What is wrong with it is known here, where xl can still show
     // it.
-    let device = Image::check(&path, access).map_err(|error| {
-        let status = if matches!(error.problem, Problem::InUse(_)) { "busy" } else { "error" };
+    let frontend = store.read_opt(&format!("{xenbus_path}/frontend-id"))?.and_then(|id| id.parse().ok());
+    let checked = match frontend {
+        Some(frontend) => takeover::check(store, frontend, &path, access)?,
+        None => Image::check(&path, access),
+    };
+    let device = checked.map_err(|error| {
+        let status = if matches!(error.problem, Problem::InUse(_) | Problem::Locked(_)) { "busy" } else { "error" };
         Failure { text: error.to_string(), status }
     })?;
+    if let Some(backend) = backend_of(xenbus_path) {
+        doubt::check(store, backend, &path, access).map_err(|text| Failure { text, status: "error" })?;
+    }
     let path = path.into_os_string().into_string();
     let path = path.map_err(|_| Failure { text: format!("{params}: not UTF-8"), status: "error" })?;
     store.transaction(|tx| {
@@ -95,6 +105,12 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
         tx.write(&format!("{xenbus_path}/hotplug-status"), "connected")
     })?;
     Ok(())
+}
+
+/// The domain whose backend's directory this is: /local/domain/B/backend/...
+fn backend_of(xenbus_path: &str) -> Option<DomId> {
+    let rest = xenbus_path.trim_start_matches('/').strip_prefix("local/domain/")?;
+    rest.split_once("/backend/")?.0.parse().ok()
 }
 
 #[cfg(test)]
@@ -146,6 +162,13 @@ mod tests {
         run(&store, back, Event::Add).unwrap_err();
         assert_eq!(key("hotplug-status").as_deref(), Some("busy"));
         drop(held);
+
+        let identity = doubt::identity_of(&std::fs::metadata(&image).unwrap());
+        doubt::note(&store, DomId::DOM0, &identity, &image, "flush failed").unwrap();
+        let error = run(&store, back, Event::Add).unwrap_err();
+        assert!(error.contains("flush failed") && error.contains("blkback checked"), "{error}");
+        assert_eq!(key("hotplug-error"), Some(error));
+        assert!(doubt::checked(&store, DomId::DOM0, &image).unwrap());
 
         run(&store, back, Event::Add).unwrap();
         assert_eq!(key("hotplug-status").as_deref(), Some("connected"));

@@ -5,13 +5,15 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, OFlags, StatxFlags};
 
 use crate::abi::SECTOR;
+use crate::doubt;
+use crate::erase::{self, Erase};
 use crate::lock;
 use crate::nbd::protocol::{NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_TRIM};
 use crate::nbd::{Client, Export, link::Link};
@@ -53,6 +55,9 @@ pub enum Problem {
     /// Somebody else uses it.
     #[error("{0}")]
     InUse(String),
+    /// Another guest, or program, has it for itself, by a lock or another claim that ends with its use.
+    #[error("{0}")]
+    Locked(String),
     /// Anything else.
     #[error("{what}: {source}")]
     Io {
@@ -62,6 +67,20 @@ pub enum Problem {
         #[source]
         source: io::Error,
     },
+}
+
+/// How large a file or device was found to be, in whole sectors of 512 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Size {
+    /// As large as the guest's disk.
+    #[default]
+    Same,
+    /// So much larger.
+    Grown(u64),
+    /// So much smaller.
+    Shrunk(u64),
+    /// Nobody knows: an errno.
+    Unknown(i32),
 }
 
 /// An open disk image, claimed for as long as it lives.
@@ -75,6 +94,8 @@ pub struct Image {
     remote: Option<Arc<Client>>,
     /// Whole sectors of 512 bytes. See [`sectors`](Self::sectors).
     sectors: AtomicU64,
+    /// What the last [`measure`](Self::measure) found; never [`Size::Grown`].
+    found: Mutex<Size>,
     /// Bytes of the disk's own sectors: the unit of a request.
     pub sector_size: u32,
     /// Bytes the storage prefers to be written at once.
@@ -88,6 +109,8 @@ pub struct Image {
     pub discard: bool,
     /// Bytes that DISCARD frees at a time.
     pub discard_granularity: u32,
+    /// How the storage erases for good, if it can.
+    pub erase: Option<Arc<dyn Erase>>,
     /// Whether it is a file on a network file system, which may send pages again after it said that they are written.
     pub over_network: bool,
     /// Linux device number, for a block device.
@@ -109,19 +132,32 @@ impl Image {
         }
     }
 
-    /// Whether [`open`](Self::open) would succeed now. Returns the device number of a block device.
+    /// Whether [`open`](Self::open) would succeed, if need be after the last writes of a process that was killed. Returns
+    /// the device number of a block device.
     ///
     /// # Errors
     /// As [`open`](Self::open).
     pub fn check(path: &Path, access: Access) -> Result<Option<(u32, u32)>, ImageError> {
+        Self::check_after(path, access, LAST_WRITES)
+    }
+
+    /// Whether [`open`](Self::open) would succeed now.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn check_now(path: &Path, access: Access) -> Result<Option<(u32, u32)>, ImageError> {
+        Self::check_after(path, access, Duration::ZERO)
+    }
+
+    fn check_after(path: &Path, access: Access, longest: Duration) -> Result<Option<(u32, u32)>, ImageError> {
         let checked = || {
             if let Some(text) = export(path) {
                 let link = Link::make(&parse(text)?).map_err(remote_problem)?;
                 check_remote(link.info.size, link.info.flags, access)?;
                 return Ok(None);
             }
-            let (mut file, metadata) = open_file(path, access)?;
-            wait_for_the_dead(&file, access);
+            let (mut file, metadata) = open_file(path, access, access == Access::Write)?;
+            wait_for_the_dead(&file, access, longest);
             claim(&file, &metadata, access, (lock::check, lock::check_part))?;
             size(&mut file)?;
             Ok(metadata.file_type().is_block_device().then(|| device_number(metadata.rdev())))
@@ -129,24 +165,48 @@ impl Image {
         checked().map_err(|problem| ImageError { path: path.to_owned(), problem })
     }
 
+    /// What a disk will be that cannot be had yet: looked at, not claimed, and not open any more. There is nothing behind
+    /// it to be read or written.
+    ///
+    /// # Errors
+    /// When it is no disk.
+    pub fn foresee(path: &Path, access: Access) -> Result<Self, ImageError> {
+        let foreseen = || {
+            let (file, metadata) = open_file(path, access, false)?;
+            let mut image = Self::learn(path, access, file, &metadata)?;
+            image.file = Self::none().map_err(io_problem("an idle descriptor"))?.file;
+            Ok(image)
+        };
+        foreseen().map_err(|problem| ImageError { path: path.to_owned(), problem })
+    }
+
     fn open_inner(path: &Path, access: Access) -> Result<Self, Problem> {
-        let (mut file, metadata) = open_file(path, access)?;
+        let (file, metadata) = open_file(path, access, access == Access::Write)?;
         let under = claim(&file, &metadata, access, (lock::claim, lock::claim_part))?;
+        let mut image = Self::learn(path, access, file, &metadata)?;
+        image._under = under;
+        Ok(image)
+    }
+
+    /// What a file or device can do.
+    fn learn(path: &Path, access: Access, mut file: File, metadata: &Metadata) -> Result<Self, Problem> {
         let bytes = size(&mut file)?;
         let mut image = Self {
             path: path.to_owned(),
             sectors: AtomicU64::new(bytes / SECTOR),
+            found: Mutex::default(),
             sector_size: SECTOR as u32,
             physical_sector_size: SECTOR as u32,
             direct: false,
             unit: SECTOR as u32,
             discard: false,
             discard_granularity: 0,
+            erase: None,
             over_network: false,
             device: None,
             notes: Vec::new(),
             file,
-            _under: under,
+            _under: Vec::new(),
             remote: None,
         };
         if bytes % SECTOR != 0 {
@@ -201,6 +261,9 @@ impl Image {
         // A hole punched into a device is zeros written by freeing (fallocate(2) on a block device). A device that can
         // only discard, without a promise of zeros, is not told to.
         self.discard = writable && [DISCARD_MAX, ZEROES_MAX].iter().all(|name| queue_limit(device, name) > 0);
+        if self.discard {
+            self.erase = erase::of_device(&self.file).map_err(io_problem("a second descriptor"))?;
+        }
         let granularity = u32::try_from(queue_limit(device, "discard_granularity")).unwrap_or(0);
         self.discard_granularity = granularity.max(self.sector_size);
         Ok(())
@@ -292,12 +355,14 @@ impl Image {
             _under: Vec::new(),
             remote: None,
             sectors: AtomicU64::new(0),
+            found: Mutex::default(),
             sector_size: SECTOR as u32,
             physical_sector_size: SECTOR as u32,
             direct: false,
             unit: SECTOR as u32,
             discard: false,
             discard_granularity: 0,
+            erase: None,
             over_network: false,
             device: None,
             notes: Vec::new(),
@@ -309,28 +374,55 @@ impl Image {
         self.sectors.load(Ordering::Acquire)
     }
 
-    /// Whether the file or device is larger than [`sectors`](Self::sectors) says.
-    pub fn has_grown(&self) -> bool {
-        self.size_now().is_ok_and(|sectors| sectors > self.sectors())
+    /// Whether [`measure`](Self::measure) would find something else than it did last.
+    pub fn has_changed(&self) -> bool {
+        self.look() != *self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn size_now(&self) -> io::Result<u64> {
+    fn look(&self) -> Size {
         if self.remote.is_some() {
-            return Ok(self.sectors());
+            return Size::Same;
         }
+        let mut tries = 0;
+        let bytes = loop {
+            match (&self.file).seek(SeekFrom::End(0)) {
+                Ok(bytes) => break bytes,
+                Err(error) if tries < 3 && matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
+                    tries += 1;
+                }
+                Err(error) => return Size::Unknown(error.raw_os_error().unwrap_or(libc::EIO)),
+            }
+        };
         let unit = u64::from(self.unit.max(self.sector_size));
-        Ok((&self.file).seek(SeekFrom::End(0))? / unit * unit / SECTOR)
+        let sectors = bytes / unit * unit / SECTOR;
+        match sectors.cmp(&self.sectors()) {
+            std::cmp::Ordering::Less => Size::Shrunk(sectors),
+            std::cmp::Ordering::Equal => Size::Same,
+            std::cmp::Ordering::Greater => Size::Grown(sectors),
+        }
     }
 
-    /// Looks whether the file or device has grown, and returns its sectors if it has. One that has shrunk keeps its
-    /// size towards the guest, and gives errors past its end: a guest cannot be told to need less.
+    /// Looks how large the file or device is now. What has grown is taken over; one that has shrunk keeps its size
+    /// towards the guest, and gives errors past its end: a guest cannot be told to need less.
+    pub fn measure(&self) -> Size {
+        let size = self.look();
+        if let Size::Grown(sectors) = size {
+            self.sectors.fetch_max(sectors, Ordering::AcqRel);
+        }
+        let settled = if matches!(size, Size::Grown(_)) { Size::Same } else { size };
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = settled;
+        size
+    }
+
+    /// What distinguishes it from all others ([`doubt`]).
     ///
     /// # Errors
-    /// When the size cannot be found out.
-    pub fn measure(&self) -> io::Result<Option<u64>> {
-        let sectors = self.size_now()?;
-        let before = self.sectors.fetch_max(sectors, Ordering::AcqRel);
-        Ok((sectors > before).then_some(sectors))
+    /// When the kernel does not say.
+    pub fn identity(&self) -> io::Result<String> {
+        match export(&self.path) {
+            Some(export) => Ok(doubt::identity_of_export(export)),
+            None => self.file.metadata().map(|metadata| doubt::identity_of(&metadata)),
+        }
     }
 
     /// Where it is.
@@ -355,7 +447,7 @@ fn claim(
     access: Access,
     (lock, lock_part): (Lock, Lock),
 ) -> Result<Vec<File>, Problem> {
-    lock(file, access).map_err(Problem::InUse)?;
+    lock(file, access).map_err(Problem::Locked)?;
     if metadata.is_file() {
         refuse_neighbours(access, &neighbours::of_file(metadata))?;
         return Ok(Vec::new());
@@ -394,15 +486,15 @@ const LAST_WRITES: Duration = Duration::from_secs(20);
 
 /// Waits while a file is locked by nobody who lives. Direct writes of a process that was killed go on landing until they
 /// are done, and only then is its lock gone: whoever writes before would be overwritten.
-fn wait_for_the_dead(file: &File, access: Access) {
+fn wait_for_the_dead(file: &File, access: Access, longest: Duration) {
     let began = Instant::now();
-    while began.elapsed() < LAST_WRITES && lock::check(file, access).is_err() && !lock::has_live_holder(file) {
+    while began.elapsed() < longest && lock::check(file, access).is_err() && !lock::has_live_holder(file) {
         std::thread::sleep(Duration::from_millis(50));
     }
 }
 
 /// The NBD export that a path stands for; `None` if it is a path.
-fn export(path: &Path) -> Option<&str> {
+pub fn export(path: &Path) -> Option<&str> {
     path.to_str().filter(|text| Export::is_one(text))
 }
 
@@ -424,8 +516,8 @@ fn check_remote(size: u64, flags: u16, access: Access) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Opens what can be a disk, and nothing else.
-fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
+/// Opens what can be a disk, and nothing else; `alone` claims a block device.
+fn open_file(path: &Path, access: Access, alone: bool) -> Result<(File, Metadata), Problem> {
     // Looked at before it is opened: opening a pipe or a device can have effects.
     let kind = std::fs::metadata(path).map_err(|error| open_problem(error, access))?.file_type();
     if kind.is_dir() {
@@ -436,7 +528,7 @@ fn open_file(path: &Path, access: Access) -> Result<(File, Metadata), Problem> {
     }
     // O_NONBLOCK lets io_uring try files without the no-wait flag (tmpfs) at once instead of handing them to its
     // workers; on others it changes nothing. O_EXCL claims a block device against mounts and other claims.
-    let exclusive = kind.is_block_device() && access == Access::Write;
+    let exclusive = kind.is_block_device() && alone;
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY | if exclusive { OFlags::EXCL } else { OFlags::empty() };
     let file = File::options()
         .read(true)
@@ -475,6 +567,12 @@ fn queue_limit(device: u64, name: &str) -> u64 {
     read("queue").or_else(|| read("../queue")).and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
+/// The number of the block device that a path leads to.
+pub fn device_at(path: &Path) -> Option<(u32, u32)> {
+    let metadata = std::fs::metadata(path).ok().filter(|metadata| metadata.file_type().is_block_device())?;
+    Some(device_number(metadata.rdev()))
+}
+
 fn device_number(device: u64) -> (u32, u32) {
     (rustix::fs::major(device), rustix::fs::minor(device))
 }
@@ -488,7 +586,7 @@ fn open_problem(error: io::Error, access: Access) -> Problem {
         (io::ErrorKind::IsADirectory, _) => Problem::Directory,
         (io::ErrorKind::ReadOnlyFilesystem, _) => Problem::ReadOnlyStorage,
         (_, Some(libc::EBUSY)) => {
-            Problem::InUse("is claimed by this machine or another guest, alone; detach it there first".to_owned())
+            Problem::Locked("is claimed by this machine or another guest, alone; detach it there first".to_owned())
         }
         _ => Problem::Io { what: "open", source: error },
     }
@@ -497,7 +595,7 @@ fn open_problem(error: io::Error, access: Access) -> Problem {
 /// Says who, where the kernel only said busy.
 fn busy_or(path: &Path, access: Access, problem: Problem) -> Problem {
     let neighbours = match &problem {
-        Problem::InUse(_) => std::fs::metadata(path).map(|m| neighbours::of_device(m.rdev())).unwrap_or_default(),
+        Problem::Locked(_) => std::fs::metadata(path).map(|m| neighbours::of_device(m.rdev())).unwrap_or_default(),
         _ => Vec::new(),
     };
     refuse_neighbours(access, &neighbours).err().unwrap_or(problem)

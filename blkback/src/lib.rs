@@ -2,7 +2,8 @@
 //!
 //! From the wire upwards: [`abi`] knows the bytes, [`request`] what they ask for, [`negotiate`] what both sides agree
 //! on; [`image`] opens a disk, [`lock`] claims it, [`storage`] runs its I/O; [`health`] says whether it
-//! still keeps its promises; [`grants`] gets at the guest's pages;
+//! still keeps its promises, [`doubt`] remembers that it did not, [`takeover`] has a migrating guest wait for its disk;
+//! [`erase`] erases for good; [`grants`] gets at the guest's pages;
 //! [`queue`] brings all of that together for one ring, [`worker`] gives it a thread, [`device`] a life. [`spec`] and
 //! [`vdev`] read what administrators type, [`toolstack`] does what `xl` would, [`hotplug`]
 //! is the program that `xl` runs for a disk, [`cli`] is the program.
@@ -16,7 +17,9 @@ pub mod bounce;
 pub mod cli;
 pub mod counters;
 pub mod device;
+pub mod doubt;
 pub mod drive;
+pub mod erase;
 #[cfg(feature = "frontend")]
 pub mod front;
 pub mod grants;
@@ -32,6 +35,7 @@ pub mod queue;
 pub mod request;
 pub mod spec;
 pub mod storage;
+pub mod takeover;
 pub mod toolstack;
 pub mod vdev;
 pub mod worker;

@@ -1,6 +1,6 @@
 //! What is in a drive: an image and how it is served, from what the toolstack wrote into our directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use xenstore_client::xenbus::{Fault, Keys};
@@ -31,11 +31,23 @@ impl Medium {
     /// # Errors
     /// When a key is missing or makes no sense, or the image cannot be served as they say.
     pub fn open(backend: &Keys) -> Result<Self, Fault> {
+        Self::open_by(backend, Image::open)
+    }
+
+    /// What it will be when whoever has it lets go ([`Image::foresee`]).
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn foresee(backend: &Keys) -> Result<Self, Fault> {
+        Self::open_by(backend, Image::foresee)
+    }
+
+    fn open_by(backend: &Keys, open: fn(&Path, Access) -> Result<Image, ImageError>) -> Result<Self, Fault> {
         let flag = |key| backend.get(key) == Some("1");
         let cdrom = backend.get("device-type") == Some("cdrom");
         let access = if cdrom { Access::ReadOnly } else { hotplug::access(backend.require("mode")?) };
         let image = match target(backend) {
-            Some(path) => Image::open(&path, access).map_err(|error| image_fault(&error))?,
+            Some(path) => open(&path, access).map_err(|error| image_fault(&error))?,
             None if cdrom => Image::none()
                 .map_err(|error| Fault::host(libc::EMFILE, format!("an empty drive cannot be made: {error}")))?,
             None => return Err(backend.fault(libc::ENOENT, "neither physical-device-path nor params name a disk")),
@@ -50,7 +62,8 @@ impl Medium {
         };
         let read_only = access == Access::ReadOnly;
         let discard = image.discard && !read_only && backend.get("discard-enable") != Some("0");
-        let kind = negotiate::Kind { read_only, cdrom, removable: flag("removable"), discard };
+        let secure = discard && image.erase.is_some();
+        let kind = negotiate::Kind { read_only, cdrom, removable: flag("removable"), discard, secure };
         let pages_stay = pages_stay(image.over_network, flag("direct-io-safe"));
         Ok(Self { image: Arc::new(image), kind, pages_stay, hold_when_full })
     }
@@ -68,6 +81,7 @@ impl Medium {
             block: u64::from(self.image.sector_size / 512),
             read_only: self.kind.read_only,
             discard: self.kind.discard && limits.discard,
+            secure: self.kind.secure && limits.discard,
             barrier: limits.barrier && !self.kind.read_only,
             indirect: limits.indirect_segments as usize,
         }
@@ -80,7 +94,7 @@ fn pages_stay(over_network: bool, direct_io_safe: bool) -> bool {
 }
 
 /// Where the toolstack and the hotplug program say the disk is; `None` for an empty drive.
-fn target(backend: &Keys) -> Option<PathBuf> {
+pub fn target(backend: &Keys) -> Option<PathBuf> {
     let named = |key| backend.get(key).filter(|value: &&str| !value.is_empty());
     match (named("physical-device-path"), named("params")) {
         // params is what changes when a disk is changed; the hotplug program's path is that of the first one.
@@ -97,7 +111,7 @@ fn image_fault(error: &ImageError) -> Fault {
         Problem::Directory => libc::EISDIR,
         Problem::NotADisk | Problem::Empty(_) => libc::EINVAL,
         Problem::ReadOnlyStorage => libc::EROFS,
-        Problem::InUse(_) => libc::EBUSY,
+        Problem::InUse(_) | Problem::Locked(_) => libc::EBUSY,
         Problem::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
     };
     Fault::host(errno, error.to_string())
@@ -105,8 +119,6 @@ fn image_fault(error: &ImageError) -> Fault {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     fn keys(pairs: &[(&str, &str)]) -> Keys {

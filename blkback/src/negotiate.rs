@@ -114,11 +114,13 @@ pub struct Kind {
     pub removable: bool,
     /// DISCARD is offered.
     pub discard: bool,
+    /// So is secure discard; only along with it.
+    pub secure: bool,
 }
 
 /// The disk itself: published when it is open, and again together with state 4.
 pub fn describe(image: &Image, limits: &Limits, kind: Kind) -> Pairs {
-    let Kind { read_only, cdrom, removable, discard } = kind;
+    let Kind { read_only, cdrom, removable, discard, secure } = kind;
     let bit = |on, bit| if on { bit } else { 0 };
     let info = bit(cdrom, VDISK_CDROM) | bit(removable, VDISK_REMOVABLE) | bit(read_only, VDISK_READONLY);
     let mut keys = vec![
@@ -136,6 +138,7 @@ pub fn describe(image: &Image, limits: &Limits, kind: Kind) -> Pairs {
     if discard {
         keys.push(pair("discard-granularity", image.discard_granularity));
         keys.push(pair("discard-alignment", 0));
+        keys.push(pair("discard-secure", u32::from(secure)));
     }
     keys
 }

@@ -45,7 +45,7 @@ pub enum Broken {
     Ring(#[from] Overflow),
     /// A flush failed: no write or flush of this disk will be answered any more.
     #[error(
-        "flush failed: {0}; data written since the last flush may be lost. The disk stays closed until it is attached anew: check the storage first"
+        "flush failed: {0}; data written since the last flush may be lost. The disk is not written to again before it was checked"
     )]
     Flush(#[source] io::Error),
     /// The machine under us failed.
@@ -118,6 +118,10 @@ enum Doing {
     Flush,
     FlushThenWrite,
     Discard,
+    /// A secure discard: the storage erases, then the range is made to read as zeros, then both are made to last.
+    Erase,
+    EraseZeros,
+    EraseEnd,
     /// A barrier, until everything before it is done; then its flush, its write, and the flush after it.
     Barrier,
     BarrierFlush,
@@ -372,6 +376,10 @@ impl<S: Storage> Queue<S> {
                 let token = self.take_off(due, Doing::Discard, offset, len);
                 self.storage.discard(offset, len, token);
             }
+            Work::Erase { offset, len } => {
+                let token = self.take_off(due, Doing::Erase, offset, len);
+                self.storage.erase(offset, len, token);
+            }
             Work::Direct { transfer, segments } => {
                 self.segments.clear();
                 self.segments.extend((0..segments).map(|index| slot.segment(index)));
@@ -524,12 +532,23 @@ impl<S: Storage> Queue<S> {
                 self.batch_copies(token);
                 return Ok(());
             }
-            (Some(Doing::Flush | Doing::FlushThenWrite | Doing::BarrierFlush | Doing::BarrierEnd), result) => {
+            (
+                Some(Doing::Flush | Doing::FlushThenWrite | Doing::BarrierFlush | Doing::BarrierEnd | Doing::EraseEnd),
+                result,
+            ) => {
                 return self.finish_flush(result, progress);
             }
             (Some(Doing::BarrierWrite), Ok(())) => {
                 self.keep_list(memory);
                 self.end_barrier_write(token);
+            }
+            (Some(Doing::Erase), Ok(())) => {
+                self.flights[token as usize].doing = Some(Doing::EraseZeros);
+                self.storage.discard(offset, len, token);
+            }
+            (Some(Doing::EraseZeros), Ok(())) => {
+                self.flights[token as usize].doing = Some(Doing::EraseEnd);
+                self.flush_waiting.push(token);
             }
             (Some(Doing::Write | Doing::BarrierWrite), Err(error)) if self.is_to_wait(&error) => {
                 self.hold(token, memory);
@@ -559,7 +578,7 @@ impl<S: Storage> Queue<S> {
                 counters.bytes_written.add(len);
             }
             Some(Doing::Flush) => counters.flushes.add(1),
-            Some(Doing::Discard) => counters.discards.add(1),
+            Some(Doing::Discard | Doing::EraseEnd) => counters.discards.add(1),
             doing => debug_assert!(false, "{doing:?} does not end a request"),
         }
         self.answer(due, Status::Okay, progress);
@@ -567,7 +586,7 @@ impl<S: Storage> Queue<S> {
 
     fn fail(&mut self, doing: Option<Doing>, offset: u64, error: &io::Error, due: Due, progress: &mut Progress) {
         self.counters.io_errors.add(1);
-        if doing == Some(Doing::Discard) && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+        if matches!(doing, Some(Doing::Discard | Doing::Erase)) && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
             return self.answer(due, Status::NotSupported, progress);
         }
         // A guest can go on asking for what the disk cannot give; the counters have the rest.

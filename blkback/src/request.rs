@@ -2,6 +2,9 @@
 
 use crate::abi::{DIRECT_SEGMENTS, SECTOR, SECTORS_PER_PAGE, Segment, Slot, Status, op};
 
+/// Bit 0 of a discard's `flag` (blkif.h).
+const BLKIF_DISCARD_SECURE: u8 = 1;
+
 /// What a disk can do, as requests are checked against it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
@@ -13,6 +16,8 @@ pub struct Shape {
     pub read_only: bool,
     /// DISCARD is offered.
     pub discard: bool,
+    /// So is DISCARD with BLKIF_DISCARD_SECURE.
+    pub secure: bool,
     /// WRITE_BARRIER is offered.
     pub barrier: bool,
     /// Most segments of an indirect request; 0 where they are not offered.
@@ -114,6 +119,13 @@ pub enum Work {
         /// How many bytes, not 0.
         len: u64,
     },
+    /// Erase these bytes so that nothing brings them back.
+    Erase {
+        /// First byte.
+        offset: u64,
+        /// How many bytes, not 0.
+        len: u64,
+    },
 }
 
 impl Work {
@@ -178,13 +190,15 @@ pub fn parse(slot: &Slot, shape: &Shape) -> Result<Work, Refusal> {
             if shape.read_only {
                 return Err(Refusal::ReadOnly);
             }
-            // Not offered (discard-secure): freeing the blocks would leave readable what was to be erased.
-            if slot.discard_flag() & 1 != 0 {
+            let secure = slot.discard_flag() & BLKIF_DISCARD_SECURE != 0;
+            // Where it was not offered: freeing the blocks would leave readable what was to be erased.
+            if secure && !shape.secure {
                 return Err(Refusal::Operation);
             }
             let (sector, sectors) = (slot.sector(), slot.discard_sectors());
             check_range(sector, sectors, shape)?;
-            Ok(Work::Discard { offset: sector * SECTOR, len: sectors * SECTOR })
+            let (offset, len) = (sector * SECTOR, sectors * SECTOR);
+            Ok(if secure { Work::Erase { offset, len } } else { Work::Discard { offset, len } })
         }
         _ => Err(Refusal::Operation),
     }
@@ -239,9 +253,10 @@ mod tests {
     use hypervisor::GrantRef;
 
     const SHAPE: Shape =
-        Shape { sectors: 1000, block: 1, read_only: false, discard: true, barrier: true, indirect: 256 };
+        Shape { sectors: 1000, block: 1, read_only: false, discard: true, secure: false, barrier: true, indirect: 256 };
     const READ_ONLY: Shape = Shape { read_only: true, ..SHAPE };
     const PLAIN: Shape = Shape { discard: false, barrier: false, indirect: 0, ..SHAPE };
+    const SECURE: Shape = Shape { secure: true, ..SHAPE };
     const PAGES: [GrantRef; 1] = [GrantRef(1)];
 
     fn direct(operation: u8, segments: u8) -> Slot {
@@ -256,6 +271,7 @@ mod tests {
         use Transfer::*;
         let indirect = |operation, count| Slot::indirect(Protocol::X86_64, operation, 1, 0, count, &PAGES);
         let discard = |sector, sectors| Slot::discard(Protocol::X86_64, 1, sector, sectors, 0);
+        let secure = |sector, sectors| Slot::discard(Protocol::X86_64, 1, sector, sectors, 1);
         let cases = [
             (direct(op::READ, 1), SHAPE, Ok(Work::Direct { transfer: Read, segments: 1 })),
             (direct(op::WRITE, 11), SHAPE, Ok(Work::Direct { transfer: Write, segments: 11 })),
@@ -295,7 +311,14 @@ mod tests {
             (discard(0, 0), SHAPE, Err(R::BeyondEnd)),
             (discard(0, 1), READ_ONLY, Err(R::ReadOnly)),
             (discard(0, 1), PLAIN, Err(R::Operation)),
-            (Slot::discard(Protocol::X86_64, 1, 0, 8, 1), SHAPE, Err(R::Operation)),
+            (secure(0, 8), SHAPE, Err(R::Operation)),
+            (secure(1, 7), SECURE, Ok(Work::Erase { offset: 512, len: 7 * 512 })),
+            (discard(1, 7), SECURE, Ok(Work::Discard { offset: 512, len: 7 * 512 })),
+            (secure(999, 2), SECURE, Err(R::BeyondEnd)),
+            (secure(0, 0), SECURE, Err(R::BeyondEnd)),
+            (secure(4, 8), Shape { block: 8, ..SECURE }, Err(R::Misaligned)),
+            (secure(0, 8), Shape { read_only: true, ..SECURE }, Err(R::ReadOnly)),
+            (secure(0, 8), Shape { discard: false, ..SECURE }, Err(R::Operation)),
         ];
         for (slot, shape, expected) in cases {
             assert_eq!(parse(&slot, &shape), expected, "{slot:?} {:?} on {shape:?}", slot.bytes);

@@ -2,10 +2,13 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hypervisor::memory::IoList;
 use ring::uring::{FileSlot, Operation, Uring};
+
+use crate::erase::{Erase, Eraser};
 
 /// A finished operation.
 #[derive(Debug)]
@@ -29,6 +32,9 @@ pub trait Storage {
     fn flush(&mut self, token: u32);
     /// Gives up a range, which reads as zeros afterwards.
     fn discard(&mut self, offset: u64, len: u64, token: u32);
+    /// Erases a range so that nothing brings its content back; what it reads as afterwards is open. Asked for only where
+    /// the disk has said that it can.
+    fn erase(&mut self, offset: u64, len: u64, token: u32);
     /// Starts what was asked for since the last call.
     ///
     /// # Errors
@@ -68,6 +74,8 @@ pub struct UringStorage {
     ignored: u32,
     wakers: u32,
     continued: u32,
+    /// What io_uring has no operation for.
+    eraser: Option<Eraser>,
 }
 
 /// Tokens of wakers count down from here; requests count up from 0.
@@ -80,10 +88,26 @@ impl UringStorage {
     /// # Errors
     /// When the kernel gives no io_uring.
     pub fn new(image: BorrowedFd<'_>, wakers: &[BorrowedFd<'_>], capacity: u32) -> io::Result<Self> {
+        Self::with_eraser(image, wakers, capacity, None)
+    }
+
+    /// As [`new`](Self::new), on an image that can also be erased.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_eraser(
+        image: BorrowedFd<'_>,
+        wakers: &[BorrowedFd<'_>],
+        capacity: u32,
+        erase: Option<Arc<dyn Erase>>,
+    ) -> io::Result<Self> {
+        let eraser = erase.map(Eraser::new).transpose()?;
+        let wakers: Vec<_> = wakers.iter().copied().chain(eraser.as_ref().map(Eraser::bell)).collect();
         assert!(wakers.len() <= 8);
         let files: Vec<_> = std::iter::once(image).chain(wakers.iter().copied()).collect();
-        let ring = Uring::new(capacity + wakers.len() as u32, &files)?;
-        Ok(Self { ring, rung: 0, armed: 0, ignored: 0, wakers: wakers.len() as u32, continued: 0 })
+        let wakers = wakers.len() as u32;
+        let ring = Uring::new(capacity + wakers, &files)?;
+        Ok(Self { ring, rung: 0, armed: 0, ignored: 0, wakers, continued: 0, eraser })
     }
 
     /// Operations that were short or interrupted and had to be continued.
@@ -134,6 +158,13 @@ impl Storage for UringStorage {
         self.ring.push(IMAGE, Operation::Punch { offset, len }, IoList::default(), token);
     }
 
+    fn erase(&mut self, offset: u64, len: u64, token: u32) {
+        match &mut self.eraser {
+            Some(eraser) => eraser.ask(offset, len, token),
+            None => debug_assert!(false, "what cannot erase is not asked to"),
+        }
+    }
+
     #[inline]
     fn submit(&mut self) -> io::Result<()> {
         self.ring.submit()
@@ -141,6 +172,9 @@ impl Storage for UringStorage {
 
     #[inline]
     fn next(&mut self) -> Option<Done> {
+        if let Some((token, result)) = self.eraser.as_mut().and_then(Eraser::take) {
+            return Some(Done { token, memory: IoList::default(), result });
+        }
         loop {
             let mut done = self.ring.reap()?;
             if done.token >= WAKER {
@@ -174,7 +208,7 @@ impl Storage for UringStorage {
 
     #[inline]
     fn has_completions(&mut self) -> bool {
-        self.ring.has_completions()
+        self.eraser.as_ref().is_some_and(Eraser::has_ended) || self.ring.has_completions()
     }
 }
 

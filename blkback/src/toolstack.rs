@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use xenstore_client::xenbus::{State, toolstack};
 use xenstore_client::{Client, DomId, Store};
 
-use crate::device::ON_HOLD;
+use crate::device::{ON_HOLD, RESIZE_STATUS};
+use crate::doubt;
 use crate::hotplug;
-use crate::image::Image;
 use crate::spec::{Access, DiskSpec, Format, TargetKind};
+use crate::takeover;
 use crate::vdev::Vdev;
 
 pub use xenstore_client::xenbus::toolstack::ToolError as Error;
@@ -50,7 +51,9 @@ pub fn attach(
     }
     let path = target(spec, backend)?;
     // Looked at before anything is written: whoever types the command is to see what is wrong, not only the log.
-    Image::check(Path::new(&path), spec.access).map_err(|error| Error::Refused(error.to_string()))?;
+    let checked = takeover::check(store, frontend, Path::new(&path), spec.access)?;
+    checked.map_err(|error| Error::Refused(error.to_string()))?;
+    doubt::check(store, backend, Path::new(&path), spec.access).map_err(Error::Refused)?;
     let device = device(backend, frontend, spec.vdev);
     if store.read_opt(&format!("{}/state", device.backend_path()))?.is_some() {
         return refused(format!("domain {frontend} has a disk {} already; detach it first", spec.vdev.name()));
@@ -191,8 +194,8 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
     }
 }
 
-/// A domain's disks, in the columns of `xl block-list`; a disk that failed, or whose writes wait for room, has a
-/// line that says so below it.
+/// A domain's disks, in the columns of `xl block-list`; a disk that failed, whose writes wait for room, or whose storage
+/// has lost its size, has a line that says so below it.
 ///
 /// # Errors
 /// When XenStore refuses.
@@ -214,8 +217,10 @@ pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
         // Writing to a String cannot fail.
         let _ =
             writeln!(text, "{number:<5} {backend_id:<3} {frontend:<6} {state:<5} {port:<6} {ring:<8} {backend:<30}");
-        for key in ["error", ON_HOLD] {
-            if let Some(said) = store.read_opt(&format!("{backend}/{key}"))? {
+        for key in ["error", ON_HOLD, RESIZE_STATUS] {
+            // A number is the size of a disk with which all is well.
+            let said = store.read_opt(&format!("{backend}/{key}"))?.filter(|said| said.parse::<u64>().is_err());
+            if let Some(said) = said {
                 let _ = writeln!(text, "      {}: {said}", Vdev::from_number(number).name());
             }
         }

@@ -90,8 +90,10 @@ pub enum Report {
     Changed,
     /// Writes wait for room on the storage (true), or none do any more.
     Full(bool),
-    /// The disk has grown.
-    Grown,
+    /// A flush has failed: what was written to this disk may be lost.
+    FlushFailed(Arc<Image>, String),
+    /// The size of the storage is not what it was, or cannot be found out any more.
+    Resized,
     /// The thread has ended: nothing is mapped or in flight any more.
     Ended,
 }
@@ -315,10 +317,18 @@ struct Drive<'a, R> {
 impl<R: Fn(Report)> Drive<'_, R> {
     fn run(mut self) {
         if let Err(broken) = self.serve() {
+            self.note(&broken);
             (self.report)(Report::Broken(fault(&broken)));
         }
         if let Err(broken) = self.drain() {
             tracing::error!(%broken, "queue closed with operations in flight");
+        }
+    }
+
+    /// Sees to it that a failed flush is not forgotten with this queue.
+    fn note(&self, broken: &Broken) {
+        if matches!(broken, Broken::Flush(_)) {
+            (self.report)(Report::FlushFailed(Arc::clone(&self.image), broken.to_string()));
         }
     }
 
@@ -363,8 +373,8 @@ impl<R: Fn(Report)> Drive<'_, R> {
 
     fn next_period(&mut self) {
         self.queue.next_period();
-        if self.measures && self.image.has_grown() {
-            (self.report)(Report::Grown);
+        if self.measures && self.image.has_changed() {
+            (self.report)(Report::Resized);
         }
     }
 
@@ -484,8 +494,9 @@ impl<R: Fn(Report)> Drive<'_, R> {
         self.queue.give_up_held();
         while self.queue.in_flight() > 0 || !self.stopped() {
             match self.queue.drain() {
-                // Said once already; the rest must still come back before memory may go.
-                Ok(_) | Err(Broken::Flush(_)) => {}
+                Ok(_) => {}
+                // The guest is going, or has been told; the rest must still come back before memory may go.
+                Err(broken @ Broken::Flush(_)) => self.note(&broken),
                 Err(broken) => return Err(broken),
             }
             if self.queue.in_flight() > 0 || !self.stopped() {

@@ -91,6 +91,34 @@ fn a_block_device_that_grows() {
     tell(&dom0, &disk, RESIZE, "1");
     until("the guest is told", || key(&dom0, &disk, "sectors").as_deref() == Some("4096"));
     assert_eq!(first_byte(disk.queue(), 4088), Ok(0));
+    // And shrinks, and grows again.
+    grow(&image, 1 << 20);
+    assert!(Command::new("losetup").args(["--set-capacity", device.path()]).status().unwrap().success());
+    let (vdev, domid) = (Vdev::parse("xvda").unwrap(), Guest::domid(&*disk.guest));
+    let look = || drive::resize(&dom0.store, DomId::DOM0, domid, vdev).map_err(|error| error.to_string());
+    let error = look().unwrap_err();
+    assert!(error.contains("has 2048 sectors now") && error.contains("keeps its 4096"), "{error}");
+    assert_eq!(first_byte(disk.queue(), 4088), Err(-1));
+    assert_eq!(first_byte(disk.queue(), 2040), Ok(0));
+    assert_eq!(key(&dom0, &disk, "sectors").as_deref(), Some("4096"));
+    grow(&image, 3 << 20);
+    assert!(Command::new("losetup").args(["--set-capacity", device.path()]).status().unwrap().success());
+    assert_eq!(look(), Ok((4096, 6144)));
+    assert_eq!(first_byte(disk.queue(), 6136), Ok(0));
+    disk.close();
+}
+
+/// Nobody has to ask: what is wrong stands in `blkback list` within the period in which the backend looks by itself.
+#[test]
+fn a_file_that_shrinks() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 1 << 20);
+    let disk = dom0.connected(&image, "w", &Options::default());
+    let listed = || blkback::toolstack::list(&dom0.store, Guest::domid(&*disk.guest)).unwrap();
+    grow(&image, 1 << 19);
+    until("the list says so", || listed().contains("has 1024 sectors now"));
+    grow(&image, 1 << 20);
+    until("the list is content again", || !listed().contains("sectors"));
     disk.close();
 }
 

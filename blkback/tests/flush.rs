@@ -65,6 +65,9 @@ impl Storage for Disk {
     fn discard(&mut self, _: u64, _: u64, token: u32) {
         self.ask("discard", token, IoList::default());
     }
+    fn erase(&mut self, _: u64, _: u64, token: u32) {
+        self.ask("erase", token, IoList::default());
+    }
     fn submit(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -83,11 +86,13 @@ struct Lane {
     disk: Disk,
     data: Shared,
     wake: Arc<OwnedFd>,
+    health: Arc<Health>,
     _listener: Box<dyn EventChannel>,
 }
 
 const PROTOCOL: Protocol = Protocol::X86_64;
-const SHAPE: Shape = Shape { sectors: 1000, block: 1, read_only: false, discard: true, barrier: true, indirect: 0 };
+const SHAPE: Shape =
+    Shape { sectors: 1000, block: 1, read_only: false, discard: true, secure: true, barrier: true, indirect: 0 };
 
 impl Lane {
     fn new(xen: &Arc<dyn Backend>, guest: &GuestSeat, health: &Arc<Health>, barriers: &Arc<Barriers>) -> Self {
@@ -119,6 +124,7 @@ impl Lane {
             disk,
             data: guest.share(DomId::DOM0, 1, GrantAccess::ReadWrite).unwrap(),
             wake,
+            health: Arc::clone(health),
             _listener: listener,
         }
     }
@@ -141,6 +147,12 @@ impl Lane {
         std::iter::from_fn(|| self.front.consume(&mut record).then(|| Answer::decode(&record)))
             .map(|answer| (answer.id, answer.status))
             .collect()
+    }
+
+    /// A flush of this queue fails.
+    fn health_fails(&mut self) {
+        assert_eq!(self.health.begin(&self.wake), blkback::health::Permit::Granted);
+        self.health.end(false);
     }
 
     fn rang(&self) -> bool {
@@ -238,6 +250,69 @@ fn a_flush_with_data_writes_after_the_flush() {
     one.disk.end("write", Ok(()));
     one.turn();
     assert_eq!(one.answers(), [(1, 0)]);
+}
+
+impl Lane {
+    fn ask_to_erase(&mut self, id: u64) {
+        self.front.request(&Slot::discard(PROTOCOL, id, 8, 8, 1).bytes);
+        let _ = self.front.publish();
+    }
+}
+
+/// OK means: erased, zeros, and both on stable storage.
+#[test]
+fn a_secure_discard_is_erased_zeroed_and_flushed() {
+    let (mut one, _two, _guest) = two_queues();
+    one.ask_to_erase(1);
+    one.turn();
+    for (step, next) in [("erase", "discard"), ("discard", "flush")] {
+        assert_eq!((one.disk.asked(), one.answers()), (vec![step], vec![]));
+        one.disk.end(step, Ok(()));
+        one.turn();
+        assert_eq!(one.disk.asked(), [next]);
+    }
+    one.disk.end("flush", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(1, 0)]);
+    // What the device cannot do after all is said; what failed behind the erasing is an error, not that.
+    let unsupported = || Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+    one.ask_to_erase(2);
+    one.turn();
+    one.disk.end("erase", unsupported());
+    one.ask_to_erase(3);
+    one.turn();
+    one.disk.end("erase", Ok(()));
+    one.turn();
+    one.disk.end("discard", unsupported());
+    one.turn();
+    assert_eq!(one.answers(), [(2, -2), (3, -1)]);
+}
+
+/// Its own flush, or another queue's before it: no OK. And what waits behind it is let go.
+#[test]
+fn after_a_failed_flush_nothing_counts_as_erased() {
+    let (mut one, mut two, _guest) = two_queues();
+    one.ask_to_erase(1);
+    one.ask(op::WRITE_BARRIER, 2, true);
+    one.turn();
+    one.disk.end("erase", Ok(()));
+    one.turn();
+    two.turn();
+    two.health_fails();
+    one.disk.end("discard", Ok(()));
+    one.back.drain().unwrap();
+    assert_eq!((one.answers(), one.back.in_flight()), (vec![], 0));
+    assert!(one.disk.asked().is_empty(), "no second flush");
+    let (mut one, _two, _guest) = two_queues();
+    one.ask_to_erase(1);
+    one.turn();
+    for step in ["erase", "discard"] {
+        one.disk.end(step, Ok(()));
+        one.turn();
+    }
+    one.disk.end("flush", eio());
+    assert!(matches!(one.back.turn(), Err(Broken::Flush(_))));
+    assert_eq!((one.answers(), one.back.in_flight()), (vec![], 0));
 }
 
 #[test]

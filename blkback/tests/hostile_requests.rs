@@ -303,6 +303,24 @@ fn discards_that_were_not_offered() {
     scene.close(disk);
 }
 
+/// A file can be discarded, not erased: freeing what was to be erased would be a lie.
+#[test]
+fn erasing_that_was_not_offered() {
+    let (scene, mut disk) = Scene::connected("w", &Options::default());
+    let offered =
+        xenstore_client::Store::read_opt(&scene.dom0.store, &format!("{}/discard-secure", scene.back_path())).unwrap();
+    assert!(matches!(offered.as_deref(), None | Some("0")), "{offered:?}");
+    let queue = disk.queue();
+    queue.data().copy_in(0, &[0xee; PAGE_SIZE]);
+    let gref = queue.data_refs()[0];
+    assert_eq!(ask(queue, &direct(op::WRITE, 7, 0, &[whole(gref)])), 0);
+    for flag in [1, 3, 0xff] {
+        assert_eq!(ask(queue, &Slot::discard(PROTOCOL, 7, 0, 8, flag)), -2);
+    }
+    assert!(std::fs::read(scene.image()).unwrap()[..4096].iter().all(|&byte| byte == 0xee));
+    scene.close(disk);
+}
+
 #[test]
 fn one_id_for_all_requests() {
     each_way(|_, queue| {

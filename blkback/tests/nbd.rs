@@ -140,6 +140,10 @@ fn a_disk_on_qemu_nbd() {
     assert_eq!((file[9 * 512], file[10 * 512], file[2048 * 512]), (0x77, 2, 0x55));
     disk.queue().submit_discard(0, 2048, 5);
     assert_eq!(status(disk.queue()), 0);
+    // The server said how large it is once; the command says so, rather than that nothing has changed.
+    let (vdev, domid) = (Vdev::parse("xvda").unwrap(), hypervisor::Guest::domid(&*disk.guest));
+    let error = drive::resize(&dom0.store, hypervisor::DomId::DOM0, domid, vdev).unwrap_err().to_string();
+    assert!(error.contains("keeps its 16384 sectors"), "{error}");
     disk.close();
     drop(server);
 }

@@ -10,7 +10,7 @@ use blkback::abi::{Protocol, op};
 use blkback::device::Config;
 use blkback::front::{Options, Piece, Queue};
 use blkback::negotiate::Limits;
-use common::{Dom0, LoopDevice, outcomes, status};
+use common::{Disk, Dom0, LoopDevice, outcomes, status};
 
 /// A whole page of the pool.
 fn page(page: u32) -> Piece {
@@ -298,6 +298,8 @@ fn a_block_device() {
         let mut front = blkback::front::Frontend::connect(guest.clone(), common::XVDA, &Options::default()).unwrap();
         assert_eq!((front.disk().sectors, front.disk().sector_size), (8192, sector_size));
         assert!(front.disk().discard, "a loop device can discard");
+        let secure = xenstore_client::Store::read_opt(&dom0.store, &format!("{}/discard-secure", front.backend_path()));
+        assert_eq!(secure.unwrap().as_deref(), Some("0"), "it cannot erase");
         let mut queues = front.take_queues();
         for sector in (0..2048).step_by(64) {
             round_trip(&mut queues[0], sector, 8, sector);
@@ -351,6 +353,101 @@ fn closing_waits_for_what_is_in_flight() {
     disk.close();
     dom0.detach(&guest, "xvda");
     assert_eq!(dom0.machine.domains().iter().map(|domain| domain.mapped).sum::<u32>(), 0);
+}
+
+/// `xl save -c`, or a migration that failed: the guest stops where it stands, and goes on with the same rings. A backend
+/// is told nothing of it; it must have done its part and wait, however long the answers lie there.
+#[test]
+fn a_guest_is_suspended_and_goes_on() {
+    let dom0 = Dom0::start();
+    for persistent in [true, false] {
+        let image = dom0.image(&format!("{persistent}.img"), 1 << 20);
+        let options = Options { queues: 2, persistent, pool_pages: 64, ..Options::default() };
+        let mut disk = dom0.connected(&image, "w", &options);
+        let watch = dom0.store.watcher().unwrap();
+        let state = format!("{}/state", disk.front.backend_path());
+        round_trip(disk.queue(), 0, 4, 9);
+        // Suspended with requests on their way and answers not taken.
+        for (nth, queue) in disk.queues.iter_mut().enumerate() {
+            for slot in 0..32 {
+                queue.data().copy_in(slot as usize * 4096, &pattern(slot, nth as u32));
+                queue.submit(op::WRITE, 64 + (nth as u64 * 32 + slot) * 8, &[page(slot as u32)], slot);
+            }
+            queue.publish().unwrap();
+        }
+        let written = |nth: u32, slot: u64| {
+            let at = (64 + (u64::from(nth) * 32 + slot) * 8) * 512;
+            std::fs::read(&image).unwrap()[at as usize..][..4096] == pattern(slot, nth)
+        };
+        common::until("everything is written", || (0..2).all(|nth| (0..32).all(|slot| written(nth, slot))));
+        watch.add(&state, "state").unwrap();
+        while watch.wait(std::time::Duration::from_millis(200)).unwrap().is_some() {}
+        let mapped = || dom0.machine.domains().iter().map(|domain| domain.mapped).sum::<u32>();
+        let before = mapped();
+        // Resumed. Some drivers write their state again, others nothing at all.
+        let own = format!("{}/state", disk.front.path());
+        xenstore_client::Store::write(&hypervisor::Guest::store(&*disk.guest).unwrap(), &own, "4").unwrap();
+        for queue in &mut disk.queues {
+            let done = outcomes(queue, 32);
+            assert!(done.iter().all(|outcome| outcome.status == 0));
+        }
+        for (nth, queue) in disk.queues.iter_mut().enumerate() {
+            for slot in 0..32 {
+                queue.submit(op::READ, 64 + (nth as u64 * 32 + slot) * 8, &[page(slot as u32)], slot);
+            }
+            assert!(outcomes(queue, 32).iter().all(|outcome| outcome.status == 0));
+            for slot in 0..32 {
+                let mut back = vec![0; 4096];
+                queue.data().copy_out(slot as usize * 4096, &mut back);
+                assert!(back == pattern(slot, nth as u32), "queue {nth}, slot {slot}");
+            }
+            round_trip(queue, 1024, 4, 77);
+        }
+        assert!(watch.next().unwrap().is_none(), "the backend's state was not touched");
+        assert_eq!(mapped(), before);
+        let guest = disk.guest.clone();
+        disk.close();
+        dom0.detach(&guest, "xvda");
+    }
+}
+
+/// A guest that resumes with new rings and does not say goodbye to the old ones: 4, then 1, then 3.
+#[test]
+fn a_guest_resumes_with_new_rings() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 1 << 20);
+    let mut disk = dom0.connected(&image, "w", &Options { queues: 2, ..Options::default() });
+    let mut left = Vec::new();
+    for round in 0..5u64 {
+        round_trip(disk.queue(), 256, 4, round);
+        // On their way when it is suspended; nobody will take the answers.
+        for slot in 0..4 {
+            disk.queue().data().copy_in(slot * 4096, &pattern(round, slot as u32));
+            disk.queue().submit(op::WRITE, slot as u64 * 8, &[page(slot as u32)], 0);
+        }
+        disk.queue().publish().unwrap();
+        let own = format!("{}/state", disk.front.path());
+        xenstore_client::Store::write(&hypervisor::Guest::store(&*disk.guest).unwrap(), &own, "1").unwrap();
+        let options = Options { queues: 2, ..Options::default() };
+        let mut front = blkback::front::Frontend::connect(disk.guest.clone(), common::XVDA, &options).unwrap();
+        let queues = front.take_queues();
+        let Disk { guest, front: old, queues: old_queues } = disk;
+        // Its memory stays the guest's, as a resumed guest keeps what it cannot give back.
+        left.push((old, old_queues));
+        disk = Disk { guest, front, queues };
+        for slot in 0..4u32 {
+            disk.queue().submit(op::READ, u64::from(slot) * 8, &[page(slot)], 0);
+            assert_eq!(status(disk.queue()), 0);
+            let mut back = vec![0; 4096];
+            disk.queue().data().copy_out(slot as usize * 4096, &mut back);
+            assert!(back == pattern(round, slot), "what was on its way is done before the new rings are served");
+        }
+    }
+    let guest = disk.guest.clone();
+    disk.close();
+    dom0.detach(&guest, "xvda");
+    let mapped = dom0.machine.domains().iter().map(|domain| domain.mapped).sum::<u32>();
+    assert_eq!(mapped, 0, "nothing of the old rings is mapped");
 }
 
 /// The guest unloads its driver and loads it again, as pvgrub and the kernel after it do.

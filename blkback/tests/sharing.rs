@@ -239,7 +239,8 @@ fn qemu_and_we() {
         .args(["-t", "-f", "raw", "-k", socket.to_str().unwrap(), path.to_str().unwrap()])
         .spawn()
         .unwrap();
-    common::until("qemu-nbd listens", || socket.exists());
+    // It listens before it opens the image.
+    common::until("qemu-nbd has it", || Image::check_now(&path, Write).is_err());
     // It shares what it serves with others that say they share: so w! is not in its way.
     let outcomes =
         [ReadOnly, Write].map(|access| Image::open(&path, access).map(drop).map_err(|error| error.to_string()));

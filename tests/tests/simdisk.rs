@@ -2,11 +2,20 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::time::Duration;
+
+use blkback::abi::op;
+use blkback::doubt;
+use hypervisor::DomId;
 use system_tests::quick;
+use system_tests::sim::bench::What;
 use system_tests::sim::checker::Class;
 use system_tests::sim::explore::{Explorer, Failure};
+use system_tests::sim::fuse::Failure as Fails;
 use system_tests::sim::matrix::{FAILURES, ROWS, Real, expected, simulated};
 use system_tests::sim::plant::{Bug, both_get_the_lock};
+use system_tests::sim::served::Served;
+use system_tests::sim::size;
 
 /// Crashes within which each planted bug must show: seconds' worth.
 const ENOUGH: u64 = 200_000;
@@ -133,4 +142,72 @@ fn every_failure_at_every_step() {
     }
     println!("{cells} cells simulated, {real_cells} on a file that fails (FUSE) through io_uring");
     assert!(cells >= 35);
+}
+
+/// A disk's size that cannot be found out, or is nonsense, when it may have grown and when another one is inserted: the
+/// guest keeps what it has, the administrator is told, and the next good answer is taken.
+#[test]
+fn every_wrong_size() {
+    let header: String = size::ANSWERS.iter().map(|(name, _)| format!("{name:<11}")).collect();
+    println!("{:<26}{:<11}{header}", "fails in", "on");
+    let mut cells = 0;
+    for (row, asked) in size::ROWS {
+        let mut line = String::new();
+        for (name, answer) in size::ANSWERS {
+            // Of its own thread: it gets a mount namespace of its own.
+            match std::thread::spawn(move || size::play(asked, answer)).join().unwrap() {
+                Ok(verdict) => {
+                    assert_eq!(verdict, size::expected(asked, answer), "{row}, {name}");
+                    line += &format!("{verdict:<11}");
+                    cells += 1;
+                }
+                Err(None) => line += "?          ",
+                Err(Some(text)) => panic!("{row}, {name}: {text}"),
+            }
+        }
+        println!("{row:<26}{:<11}{}", "a file", line.trim_end());
+    }
+    println!("{cells} cells on a file that fails (FUSE)");
+}
+
+/// A flush fails, the disk is detached, the backend is started anew: nobody gets to write to the disk before somebody has
+/// said that it was checked. The kernel alone would say that all is well.
+#[test]
+fn a_failed_flush_is_remembered() {
+    // Of its own thread: it gets a mount namespace of its own.
+    std::thread::spawn(|| {
+        let mut served = match Served::new(64 << 10) {
+            Ok(served) => served,
+            Err(error) => return println!("NOT TESTED: a failed flush that is remembered: {error}"),
+        };
+        let (image, guest) = (served.mounted.path(), served.guest("guest").unwrap());
+        let mut disk = served.connect(&guest, &image, "xvda", ",w").unwrap();
+        assert_eq!(disk.write(8, 5), Ok(0));
+        served.mounted.medium().failure = Some(Fails { what: What::Flush, after: 0, errno: Some(libc::EIO), times: 1 });
+        assert_eq!(disk.ask(op::FLUSH_DISKCACHE, 0, Duration::from_millis(200)), Ok(None), "no answer is given");
+        disk.wait("error", |error| error.is_some_and(|error| error.contains("flush failed"))).unwrap();
+        assert!(served.list(&guest).unwrap().contains("flush failed"));
+        let vdev = disk.vdev;
+        drop(disk);
+        served.detach(&guest, vdev).unwrap();
+        for restarted in [false, true] {
+            if restarted {
+                served.restart().unwrap();
+            }
+            let error = served.attach(&guest, &image, "xvda,w").unwrap_err();
+            assert!(error.contains("flush failed") && error.contains("blkback checked"), "{error}");
+            // To look at it is how one finds out.
+            let mut look = served.connect(&guest, &image, "xvda", ",r").unwrap();
+            assert_eq!(look.read(8), Ok(Ok(5)));
+            look.close().unwrap();
+            served.detach(&guest, vdev).unwrap();
+        }
+        assert_eq!(doubt::all(&served.store, DomId::DOM0).unwrap().len(), 1);
+        assert!(doubt::checked(&served.store, DomId::DOM0, &image).unwrap());
+        let mut disk = served.connect(&guest, &image, "xvda", ",w").unwrap();
+        assert_eq!((disk.write(8, 6), disk.read(8)), (Ok(0), Ok(Ok(6))));
+        disk.close().unwrap();
+    })
+    .join()
+    .unwrap();
 }

@@ -1,6 +1,6 @@
 //! An NBD server as a queue's disk.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -22,6 +22,8 @@ pub struct NbdStorage {
     own_bell: u32,
     /// Memory of what is under way.
     memory: HashMap<u32, IoList>,
+    /// What was asked for that no server can do.
+    refused: VecDeque<Done>,
 }
 
 impl NbdStorage {
@@ -33,7 +35,14 @@ impl NbdStorage {
         let mailbox = Arc::new(Mailbox::new()?);
         let all: Vec<_> = wakers.iter().copied().chain([mailbox.bell().as_fd()]).collect();
         let bells = UringStorage::new(idle, &all, 1)?;
-        Ok(Self { client, mailbox, bells, own_bell: wakers.len() as u32, memory: HashMap::new() })
+        Ok(Self {
+            client,
+            mailbox,
+            bells,
+            own_bell: wakers.len() as u32,
+            memory: HashMap::new(),
+            refused: VecDeque::new(),
+        })
     }
 
     fn ask(&mut self, ask: Ask, memory: IoList, token: u32) {
@@ -64,11 +73,20 @@ impl Storage for NbdStorage {
         self.ask(Ask::Trim { offset, len }, IoList::default(), token);
     }
 
+    fn erase(&mut self, _: u64, _: u64, token: u32) {
+        // The protocol has no such command, and so it is not offered; an answer all the same.
+        let unsupported = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+        self.refused.push_back(Done { token, memory: IoList::default(), result: Err(unsupported) });
+    }
+
     fn submit(&mut self) -> io::Result<()> {
         Ok(())
     }
 
     fn next(&mut self) -> Option<Done> {
+        if let Some(refused) = self.refused.pop_front() {
+            return Some(refused);
+        }
         let (token, answer) = self.mailbox.take()?;
         let mut memory = self.memory.remove(&token).unwrap_or_default();
         let result = answer.map(|bytes| {
@@ -80,7 +98,7 @@ impl Storage for NbdStorage {
     }
 
     fn has_completions(&mut self) -> bool {
-        !self.mailbox.is_empty()
+        !self.refused.is_empty() || !self.mailbox.is_empty()
     }
 
     fn give_up(&mut self) {

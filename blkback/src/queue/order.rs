@@ -25,8 +25,12 @@ impl<S: Storage> Queue<S> {
                 self.storage.flush(self.flush_running[0]);
             }
             Permit::Never => {
-                for token in std::mem::take(&mut self.flush_waiting) {
-                    self.withhold(token);
+                while !self.flush_waiting.is_empty() {
+                    for token in std::mem::take(&mut self.flush_waiting) {
+                        self.withhold(token);
+                    }
+                    // A barrier may have waited for just these, and nothing else would look at it again.
+                    self.advance_barrier();
                 }
             }
         }

@@ -9,6 +9,8 @@
 
 #![allow(unsafe_code)]
 
+pub mod erase;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};

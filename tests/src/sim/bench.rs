@@ -23,6 +23,10 @@ pub enum What {
     Flush,
     /// Give sectors up.
     Discard,
+    /// Erase sectors for good.
+    Erase,
+    /// Say how large the disk is. No operation of a queue.
+    Size,
 }
 
 /// An operation under way.
@@ -162,7 +166,7 @@ impl Bench {
                     job.data.extend(buffer.as_chunks::<SECTOR>().0.iter().map(|bytes| disk.remember(bytes)));
                 }
                 What::Flush => job.mark = disk.mark(),
-                What::Read | What::Discard => {}
+                What::Read | What::Discard | What::Erase | What::Size => {}
             }
             running.push(job);
         }
@@ -266,6 +270,13 @@ impl Bench {
                     }
                 }
             }
+            What::Erase => {
+                for sector in sectors {
+                    if failed.is_none() || self.dice.once_in(2) {
+                        self.disk.erase(sector);
+                    }
+                }
+            }
             What::Read if failed.is_none() && count > 0 => {
                 self.buffer.clear();
                 for sector in sectors {
@@ -277,7 +288,7 @@ impl Bench {
                 self.scratch.copy_in(0, &self.buffer);
                 job.memory.fill_from(&self.scratch, 0);
             }
-            What::Read | What::Flush => {}
+            What::Read | What::Flush | What::Size => {}
         }
         job.done += count;
     }
@@ -298,15 +309,15 @@ impl Bench {
             let at = sector.checked_sub(job.sector).filter(|at| (job.done..job.count).contains(at))?;
             match job.what {
                 What::Write => Some(job.data[at as usize]),
-                What::Discard => Some(ZEROS),
-                What::Read | What::Flush => None,
+                What::Discard | What::Erase => Some(ZEROS),
+                What::Read | What::Flush | What::Size => None,
             }
         })
     }
 
     /// Sectors that anything may have happened to.
     pub fn concerned(&self) -> u64 {
-        let running = self.running.iter().filter(|job| matches!(job.what, What::Write | What::Discard));
+        let running = self.running.iter().filter(|job| matches!(job.what, What::Write | What::Discard | What::Erase));
         let touched = self.disk.touched_sectors().fold(0, |mask, sector| mask | 1u64 << sector);
         running.flat_map(|job| job.sector..job.sector + job.count).fold(touched, |mask, sector| mask | 1u64 << sector)
     }
@@ -353,6 +364,10 @@ impl Storage for SimStorage {
 
     fn discard(&mut self, offset: u64, len: u64, token: u32) {
         self.ask(What::Discard, offset, len, IoList::default(), token);
+    }
+
+    fn erase(&mut self, offset: u64, len: u64, token: u32) {
+        self.ask(What::Erase, offset, len, IoList::default(), token);
     }
 
     fn submit(&mut self) -> io::Result<()> {

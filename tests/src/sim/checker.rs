@@ -180,6 +180,8 @@ impl Checker {
     pub fn published(&mut self, lane: usize, op: Op, now: u32, foreign: bool) -> usize {
         let changes = match op {
             Op::Discard(range) => range.inward(self.unit),
+            // All of it, or it must be refused.
+            Op::Erase(range) => Some(range).filter(|&range| range.inward(self.unit) == Some(range)),
             op => op.writes(),
         };
         let entry = Entry { lane, op, published: now, epoch: None, changes, ended: None, durable: false, foreign };
@@ -217,7 +219,12 @@ impl Checker {
             return Err(Finding::new(Class::AnsweredTwice, format!("#{number} ({op}) was answered before")));
         }
         entry.ended = Some((now, okay));
-        if !okay && failures == 0 {
+        // Ends that would stay readable.
+        let ragged = matches!(op, Op::Erase(_)) && entry.changes.is_none();
+        if ragged && okay {
+            return Err(Finding::new(Class::FalsePromise, format!("#{number} ({op}): OK, and its ends are left")));
+        }
+        if !okay && failures == 0 && !ragged {
             return Err(Finding::new(
                 Class::Refused,
                 format!("#{number} ({op}): status {status}, and nothing had failed"),
@@ -247,6 +254,14 @@ impl Checker {
                         }
                         entry.durable |= entry.is_okay();
                     }
+                }
+                self.entries[index].durable = true;
+            }
+            Op::Erase(_) => {
+                // It ends with a flush, which began after it was asked for.
+                let asked = self.entries[index].published;
+                for entry in &mut self.entries {
+                    entry.durable |= entry.ended.is_some_and(|(ended, okay)| okay && ended < asked);
                 }
                 self.entries[index].durable = true;
             }
@@ -326,7 +341,7 @@ impl Checker {
 
     fn discards(&self, sector: u64) -> impl Iterator<Item = usize> + '_ {
         let discard = move |(index, entry): (usize, &Entry)| {
-            (matches!(entry.op, Op::Discard(_)) && entry.changes(sector)).then_some(index)
+            (matches!(entry.op, Op::Discard(_) | Op::Erase(_)) && entry.changes(sector)).then_some(index)
         };
         self.entries.iter().enumerate().filter_map(discard)
     }

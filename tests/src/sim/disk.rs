@@ -97,6 +97,15 @@ impl Disk {
         self.places[sector as usize].cache.push(Cached { version, at: self.clock, lost: false });
     }
 
+    /// One sector is erased for good: on the medium, and whatever of it is in the cache.
+    pub fn erase(&mut self, sector: u64) {
+        self.clock += 1;
+        self.touched |= 1 << sector;
+        let place = &mut self.places[sector as usize];
+        place.medium = ZEROS;
+        place.cache.clear();
+    }
+
     /// What a reader sees.
     pub fn seen(&self, sector: u64) -> Version {
         let place = &self.places[sector as usize];

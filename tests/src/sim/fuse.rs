@@ -9,15 +9,16 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use blkback::erase::Erase;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use super::bench::What;
 
-/// What goes wrong, once.
+/// What goes wrong.
 #[derive(Debug, Clone, Copy)]
 pub struct Failure {
     /// In which call.
@@ -26,6 +27,8 @@ pub struct Failure {
     pub after: u32,
     /// With this error, or none for a transfer that is short.
     pub errno: Option<i32>,
+    /// How often, at least once.
+    pub times: u32,
 }
 
 /// The file.
@@ -37,6 +40,8 @@ pub struct Medium {
     pub flushed: Vec<u8>,
     /// What goes wrong next.
     pub failure: Option<Failure>,
+    /// The size that is told instead of the true one, in bytes.
+    pub claimed: Option<u64>,
     /// fdatasync calls that succeeded after one had failed.
     pub flushes_after_failure: u32,
     flush_failed: bool,
@@ -51,8 +56,33 @@ impl Medium {
             return None;
         }
         let errno = failure.errno;
-        self.failure = None;
+        failure.times -= 1;
+        if failure.times == 0 {
+            self.failure = None;
+        }
         Some(errno)
+    }
+
+    fn size(&self) -> u64 {
+        self.claimed.unwrap_or(self.seen.len() as u64)
+    }
+}
+
+/// What the file system's thread and others look at.
+#[derive(Debug)]
+pub struct Shared(Mutex<Medium>);
+
+impl Erase for Shared {
+    fn erase(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut medium = lock(&self.0);
+        if let Some(errno) = medium.strike(What::Erase) {
+            return Err(io::Error::from_raw_os_error(errno.unwrap_or(libc::EIO)));
+        }
+        // As devices do that leave ones.
+        let range = offset as usize..(offset + len) as usize;
+        medium.seen[range.clone()].fill(0xff);
+        medium.flushed[range].fill(0xff);
+        Ok(())
     }
 }
 
@@ -61,7 +91,8 @@ impl Medium {
 pub struct Mounted {
     /// The file, open.
     pub file: File,
-    medium: Arc<Mutex<Medium>>,
+    /// The file's content, which can also be erased: past the kernel, as no file system offers that.
+    pub medium: Arc<Shared>,
     folder: tempfile::TempDir,
     server: Option<JoinHandle<()>>,
 }
@@ -80,10 +111,10 @@ impl Mounted {
         let options = CString::new(format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd()))?;
         rustix::mount::mount("simdisk", folder.path(), "fuse.simdisk", MountFlags::empty(), options.as_c_str())?;
         let medium = Medium { seen: vec![0; len], flushed: vec![0; len], ..Medium::default() };
-        let medium = Arc::new(Mutex::new(medium));
+        let medium = Arc::new(Shared(Mutex::new(medium)));
         let server = {
             let medium = Arc::clone(&medium);
-            std::thread::spawn(move || serve(device, &medium))
+            std::thread::spawn(move || serve(device, &medium.0))
         };
         let file = open(&folder.path().join("disk"))?;
         Ok(Self { file, medium, folder, server: Some(server) })
@@ -91,7 +122,12 @@ impl Mounted {
 
     /// The file's content and what is to go wrong.
     pub fn medium(&self) -> MutexGuard<'_, Medium> {
-        lock(&self.medium)
+        lock(&self.medium.0)
+    }
+
+    /// Where the file is, for threads that came after [`new`](Self::new) of the one that called it.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("disk")
     }
 }
 
@@ -189,13 +225,19 @@ fn answer(operation: u32, node: u64, body: &[u8], medium: &mut Medium) -> Result
             Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
         }
         opcode::LOOKUP if body.starts_with(b"disk\0") => {
-            let head = [FILE, 1, 3600, 3600, 0];
-            Ok(head.into_iter().flat_map(u64::to_le_bytes).chain(attributes(FILE, medium.seen.len())).collect())
+            // Attributes are good for no time at all: each look at the size comes here.
+            let head = [FILE, 1, 3600, 0, 0];
+            Ok(head.into_iter().flat_map(u64::to_le_bytes).chain(attributes(FILE, medium.size())).collect())
         }
         opcode::LOOKUP => Err(libc::ENOENT),
         opcode::GETATTR => {
-            let head = [3600, 0];
-            Ok(head.into_iter().flat_map(u64::to_le_bytes).chain(attributes(node, medium.seen.len())).collect())
+            if node == FILE
+                && let Some(errno) = medium.strike(What::Size)
+            {
+                return Err(errno.unwrap_or(libc::EIO));
+            }
+            let head = [0, 0];
+            Ok(head.into_iter().flat_map(u64::to_le_bytes).chain(attributes(node, medium.size())).collect())
         }
         // fh 0, FOPEN_DIRECT_IO.
         opcode::OPEN => Ok([0, 1].into_iter().flat_map(u64::to_le_bytes).collect()),
@@ -203,11 +245,14 @@ fn answer(operation: u32, node: u64, body: &[u8], medium: &mut Medium) -> Result
         opcode::READ => {
             let (offset, len) = (u64_at(body, 8) as usize, u32_at(body, 16) as usize);
             let len = moved(medium.strike(What::Read), len)?.min(medium.seen.len().saturating_sub(offset));
-            Ok(medium.seen[offset..offset + len].to_vec())
+            Ok(medium.seen.iter().skip(offset).take(len).copied().collect())
         }
         opcode::WRITE => {
             let (offset, len) = (u64_at(body, 8) as usize, u32_at(body, 16) as usize);
             let len = moved(medium.strike(What::Write), len)?;
+            if offset + len > medium.seen.len() {
+                return Err(libc::EFBIG);
+            }
             medium.seen[offset..offset + len].copy_from_slice(&body[WRITE_HEADER..WRITE_HEADER + len]);
             Ok(u64::to_le_bytes(len as u64).to_vec())
         }
@@ -227,7 +272,7 @@ fn answer(operation: u32, node: u64, body: &[u8], medium: &mut Medium) -> Result
             Some(errno) => Err(errno.unwrap_or(libc::EIO)),
             None => {
                 let (offset, len) = (u64_at(body, 8) as usize, u64_at(body, 16) as usize);
-                medium.seen[offset..offset + len].fill(0);
+                medium.seen.iter_mut().skip(offset).take(len).for_each(|byte| *byte = 0);
                 Ok(Vec::new())
             }
         },
@@ -245,8 +290,8 @@ fn moved(struck: Option<Option<i32>>, len: usize) -> Result<usize, i32> {
 }
 
 /// struct fuse_attr.
-fn attributes(node: u64, len: usize) -> impl Iterator<Item = u8> {
-    let (mode, len) = if node == FILE { (libc::S_IFREG | 0o600, len as u64) } else { (libc::S_IFDIR | 0o700, 0) };
+fn attributes(node: u64, len: u64) -> impl Iterator<Item = u8> {
+    let (mode, len) = if node == FILE { (libc::S_IFREG | 0o600, len) } else { (libc::S_IFDIR | 0o700, 0) };
     let longs = [node, len, len / 512, 0, 0, 0];
     let words = [0, 0, 0, mode, 1, 0, 0, 0, 512, 0];
     longs.into_iter().flat_map(u64::to_le_bytes).chain(words.into_iter().flat_map(u32::to_le_bytes))

@@ -21,7 +21,8 @@ use super::plan::{LONGEST, Op, Range};
 use super::stamp::{Bytes, Content, SECTOR};
 
 const PROTOCOL: Protocol = Protocol::X86_64;
-const SHAPE: Shape = Shape { sectors: SECTORS, block: 1, read_only: false, discard: true, barrier: true, indirect: 0 };
+const SHAPE: Shape =
+    Shape { sectors: SECTORS, block: 1, read_only: false, discard: true, secure: true, barrier: true, indirect: 0 };
 
 /// Pages of a request: at most 16 sectors, which begin anywhere in the first.
 const PAGES: usize = 3;
@@ -128,8 +129,9 @@ impl<S: Storage> Lane<S> {
             Op::FlushWrite(range) => (op::FLUSH_DISKCACHE, Some(range)),
             Op::Barrier => (op::WRITE_BARRIER, None),
             Op::BarrierWrite(range) => (op::WRITE_BARRIER, Some(range)),
-            Op::Discard(Range { first, count }) => {
-                let slot = Slot::discard(PROTOCOL, id, first, count, 0);
+            Op::Discard(Range { first, count }) | Op::Erase(Range { first, count }) => {
+                let secure = u8::from(matches!(op, Op::Erase(_)));
+                let slot = Slot::discard(PROTOCOL, id, first, count, secure);
                 return self.publish(&slot, index);
             }
         };

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blkback::erase::Erase;
 use blkback::queue::Broken;
 use blkback::storage::{Sleep, UringStorage};
 use hypervisor::emu::{GuestOptions, Limits, Machine, Member};
@@ -43,10 +44,13 @@ const fn row(name: &'static str, op: Op, what: What, after: u32) -> Row {
 }
 
 /// All rows.
-pub const ROWS: [Row; 10] = [
+pub const ROWS: [Row; 13] = [
     row("read", Op::Read(PLACE), What::Read, 0),
     row("write", Op::Write(PLACE), What::Write, 0),
     row("discard", Op::Discard(PLACE), What::Discard, 0),
+    row("secure discard: erase", Op::Erase(PLACE), What::Erase, 0),
+    row("secure discard: zeros", Op::Erase(PLACE), What::Discard, 0),
+    row("secure discard: flush", Op::Erase(PLACE), What::Flush, 0),
     row("flush", Op::Flush, What::Flush, 0),
     row("flush with data: flush", Op::FlushWrite(PLACE), What::Flush, 0),
     row("flush with data: write", Op::FlushWrite(PLACE), What::Write, 0),
@@ -93,7 +97,7 @@ impl fmt::Display for Verdict {
 /// What must become of it; none where there is no such failure.
 pub fn expected(row: &Row, errno: Option<i32>) -> Option<Verdict> {
     match (row.what, errno) {
-        (What::Flush | What::Discard, None) => None,
+        (What::Flush | What::Discard | What::Erase, None) => None,
         (_, None | Some(libc::EAGAIN | libc::EINTR)) => Some(Verdict::Okay),
         (What::Flush, _) => Some(Verdict::Withheld),
         (What::Write, Some(libc::ENOSPC)) => Some(Verdict::Held),
@@ -186,7 +190,8 @@ impl Real {
         let guest = machine.create_guest(options).map_err(other)?;
         let pages = Pages::new(&guest);
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
-        let storage = UringStorage::new(mounted.file.as_fd(), &[wake.as_fd()], 32)?;
+        let erase: Arc<dyn Erase> = mounted.medium.clone();
+        let storage = UringStorage::with_eraser(mounted.file.as_fd(), &[wake.as_fd()], 32, Some(erase))?;
         let lane = Lane::new((&xen, &guest), &pages, &Together::default(), false, (storage, wake));
         Ok(Self { pages, lane, mounted, checker: Checker::default(), _guest: guest, _machine: machine })
     }
@@ -197,7 +202,7 @@ impl Real {
     /// What is wrong.
     pub fn play(&mut self, row: &Row, errno: Option<i32>) -> Result<Verdict, Finding> {
         self.checker.reset(1, 1);
-        self.mounted.medium().failure = Some(Failure { what: row.what, after: before(row), errno });
+        self.mounted.medium().failure = Some(Failure { what: row.what, after: before(row), errno, times: 1 });
         let (mut statuses, mut held) = (Vec::new(), false);
         for (nth, op) in requests(row).into_iter().enumerate() {
             let (status, waited) = self.ask(nth, op).map_err(|text| Finding::new(Class::Unanswered, text))?;
@@ -217,7 +222,7 @@ impl Real {
             for sector in first..first + count {
                 let place = sector as usize * SECTOR..(sector as usize + 1) * SECTOR;
                 let wanted = match op {
-                    Op::Discard(_) => Content::Zeros,
+                    Op::Discard(_) | Op::Erase(_) => Content::Zeros,
                     _ => Content::Stamp(self.checker.stamp(nth, 0, sector, false)),
                 };
                 let holds =

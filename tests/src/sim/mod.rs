@@ -8,7 +8,8 @@
 //!
 //! From the bottom: [`random`], [`stamp`] (a sector's content), [`disk`] (cache and medium), [`mod@bench`] (the disk as a
 //! queue's storage), [`plant`] (bugs for the checker to find), [`plan`] (what a guest does), [`checker`], [`lane`] (one
-//! queue), [`world`] (one history), [`explore`] (many).
+//! queue), [`world`] (one history), [`explore`] (many). Beside them, [`served`] (a whole disk on a file that fails, [`fuse`])
+//! and [`size`] (what can be wrong with its size).
 
 pub mod bench;
 pub mod checker;
@@ -20,5 +21,7 @@ pub mod matrix;
 pub mod plan;
 pub mod plant;
 pub mod random;
+pub mod served;
+pub mod size;
 pub mod stamp;
 pub mod world;

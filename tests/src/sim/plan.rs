@@ -21,6 +21,8 @@ pub enum Op {
     BarrierWrite(Range),
     /// DISCARD.
     Discard(Range),
+    /// DISCARD with BLKIF_DISCARD_SECURE.
+    Erase(Range),
 }
 
 /// Sectors.
@@ -54,7 +56,8 @@ impl Op {
             | Self::Write(range)
             | Self::FlushWrite(range)
             | Self::BarrierWrite(range)
-            | Self::Discard(range) => Some(range),
+            | Self::Discard(range)
+            | Self::Erase(range) => Some(range),
             Self::Flush | Self::Barrier => None,
         }
     }
@@ -69,7 +72,7 @@ impl Op {
 
     /// The sectors it writes or gives up.
     pub fn changes(self) -> Option<Range> {
-        if let Self::Discard(range) = self { Some(range) } else { self.writes() }
+        if let Self::Discard(range) | Self::Erase(range) = self { Some(range) } else { self.writes() }
     }
 
     /// Whether it is a barrier.
@@ -88,6 +91,7 @@ impl std::fmt::Display for Op {
             Self::Barrier => "barrier",
             Self::BarrierWrite(_) => "barrier with data",
             Self::Discard(_) => "discard",
+            Self::Erase(_) => "secure discard",
         };
         match self.range() {
             Some(Range { first, count }) => write!(f, "{name} {first}+{count}"),
@@ -210,7 +214,8 @@ impl Plan {
                     9 => Op::FlushWrite(range),
                     10 if barriers => Op::Barrier,
                     11 if barriers => Op::BarrierWrite(range),
-                    12 | 13 => Op::Discard(range),
+                    12 => Op::Discard(range),
+                    13 => Op::Erase(range),
                     10 | 11 => Op::Write(range),
                     _ => Op::Read(range),
                 };

@@ -124,6 +124,10 @@ impl Storage for Planted {
         self.inner.discard(offset, len, token);
     }
 
+    fn erase(&mut self, offset: u64, len: u64, token: u32) {
+        self.inner.erase(offset, len, token);
+    }
+
     fn submit(&mut self) -> io::Result<()> {
         self.inner.submit()
     }
