@@ -10,7 +10,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use xenstore_client::{Client, DomId, Result, Store};
 
@@ -19,6 +19,8 @@ use crate::spec::Access;
 
 /// How often the departing one's lock is looked at.
 const OFTEN: Duration = Duration::from_millis(250);
+/// How long a disk may take to be free whose last device has just gone: the backend hears of that by XenStore.
+const MOMENT: Duration = Duration::from_millis(500);
 /// What xl adds to the name of a domain that is arriving.
 const INCOMING: &str = "--incoming";
 
@@ -33,7 +35,15 @@ pub fn check(store: &Client, frontend: DomId, image: &Path, access: Access) -> R
     {
         return Ok(Ok(image::device_at(image)));
     }
-    Ok(Image::check(image, access))
+    let began = Instant::now();
+    loop {
+        let checked = Image::check(image, access);
+        let taken = matches!(checked, Err(ImageError { problem: Problem::Locked(_), .. }));
+        if !taken || began.elapsed() > MOMENT {
+            return Ok(checked);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 type Checked = std::result::Result<Option<(u32, u32)>, ImageError>;
