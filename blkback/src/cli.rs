@@ -11,7 +11,7 @@ use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
 use hypervisor::{Backend, DomId};
 use xenstore_client::Client;
 use xenstore_client::xenbus::Driver;
-use xenstore_client::xenbus::toolstack::find_domain;
+use xenstore_client::xenbus::toolstack::{find_domain, find_past_domain};
 
 use crate::device::{Config, KINDS, VbdKind};
 use crate::doubt;
@@ -180,7 +180,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             let vdev = Vdev::parse(&vdev)?;
             let xen = join()?;
             let store = xen.store()?;
-            let frontend = find_domain(&store, &domain)?;
+            let frontend = find_past_domain(&store, &domain, xen.domid(), "vbd")?;
             toolstack::detach(&store, xen.domid(), frontend, vdev, force)?;
             println!("{} of domain {frontend} is detached", vdev.name());
             Ok(())

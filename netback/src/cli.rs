@@ -11,7 +11,7 @@ use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
 use hypervisor::{Backend, Machine};
 use xenstore_client::Client;
 use xenstore_client::xenbus::Driver;
-use xenstore_client::xenbus::toolstack::find_domain;
+use xenstore_client::xenbus::toolstack::{find_domain, find_past_domain};
 
 use crate::device::{Config, VifKind};
 use crate::preflight;
@@ -115,7 +115,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Detach { domain, vif, force } => {
             let xen = cli.machine.join()?;
             let store = xen.store()?;
-            let frontend = find_domain(&store, &domain)?;
+            let frontend = find_past_domain(&store, &domain, xen.domid(), "vif")?;
             let (devid, complaint) = on(&store, xen.as_ref()).detach(frontend, vif, force)?;
             if let Some(complaint) = complaint {
                 eprintln!("netback: {complaint}");

@@ -33,7 +33,7 @@ lsmod | grep -E '^xen_(blk|net)back' && { echo "the kernel's backend is loaded a
 script=/etc/xen/scripts/block
 [ -e $script.stock ] || cp -p $script $script.stock
 mount --bind $(program blkback) $script
-serve /run/lab-backend.pid /var/log/lab/blkback.log $(program blkback) serve --queues 4
+serve /run/lab-backend.pid /var/log/lab/blkback.log $(program blkback) serve --queues 4 $LAB_OPTIONS
 netback=$(program netback); scripts=$(program bridge-scripts)
 if [ -e $netback ] && [ -e $scripts ]; then
     for name in NAMES; do
@@ -144,6 +144,12 @@ class Lab:
                 self.sh("modprobe xen-blkback max_queues=4; modprobe xen-netback")
         self.backend = backend
         self.last_counts = None
+
+    def serve_with(self, options: str) -> None:
+        """Start our backends anew, blkback with more options ("" for none). There should be no guests."""
+        said = self.sh(f"{OURS_STOP}\nexport LAB_OPTIONS='{options}'\n{OURS_START}")
+        if "did not end" in said:
+            raise CommandFailed(said)
 
     def background(self, command: str) -> int:
         """Start something in dom0 that goes on until the scenario ends; returns its process id."""

@@ -13,7 +13,7 @@ HYPERVISOR_PACKAGE = f"xen-hypervisor-{XEN}-amd64"
 #: (pygrub needs it), which is why the agent inside dom0 may be Python.
 DOM0_PACKAGES = [
     "kmod", "iproute2", "procps", "util-linux", "e2fsprogs", f"xen-utils-{XEN}", "xenstore-utils",
-    "qemu-system-xen", "fio", "iperf3", "ethtool", "nftables", "bridge-utils", "strace",
+    "qemu-system-xen", "fio", "iperf3", "ethtool", "nftables", "bridge-utils", "strace", "ocfs2-tools", "qemu-utils",
 ]
 
 #: Module folders copied into dom0 (below lib/modules/VERSION/kernel). The whole package is 380 MB, mostly
@@ -35,12 +35,15 @@ DOM0_INITRD_MODULES = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"]
 
 #: What every guest has.
 GUEST_MODULES = ["xen-blkfront", "xen-netfront", "crc32c_generic", "ext4"]
-#: What guests have besides, loaded by the scenario that wants it (`modprobe`): tagged frames, bridge protocol frames.
-GUEST_MODULES_LATER = ["8021q", "bridge"]
+#: What guests have besides, loaded by the scenario that wants it (`modprobe`): tagged frames, bridge protocol frames,
+#: a cluster file system.
+GUEST_MODULES_LATER = ["8021q", "bridge", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "configfs"]
 #: Programs copied out of dom0's tree, with their libraries, for the guests that measure.
 GUEST_TOOLS = [
-    "/opt/lab/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/blkdiscard", "/bin/lsblk", "/bin/dd",
+    "/opt/lab/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/resize2fs", "/sbin/blkdiscard", "/bin/lsblk", "/bin/dd",
     "/usr/bin/iperf3", "/sbin/ethtool", "/sbin/blockdev",
+    # ocfs2_hb_ctl is run by the kernel when a file system is unmounted.
+    "/sbin/mkfs.ocfs2", "/sbin/mount.ocfs2", "/sbin/ocfs2_hb_ctl", "/usr/bin/flock",
 ]
 #: A 32-bit guest (x86_32-abi): kernel, frontend, busybox. Its kernel runs 32-bit programs only, busybox included.
 I386_KERNEL = "linux-image-686-pae:i386"

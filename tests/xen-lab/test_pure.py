@@ -225,6 +225,56 @@ class Frames(unittest.TestCase):
         self.assertEqual(network.ipv6_source(frame), "fd17::99")
 
 
+class Cluster(unittest.TestCase):
+    """What the scenario with a shared disk concludes."""
+
+    DONE = ("1 aa /mnt/tree/1/1/node1-1 10.5", "2 bb /mnt/tree/2/0/node1-2 12.0", "3 cc /mnt/tree/3/1/node1-3 40.0")
+    CLEAN = ("fsck.ocfs2 1.8.7\nChecking OCFS2 filesystem in /srv/lab/shared.img:\n  Label:              <NONE>\n  Block size:         4096\n"
+             "** Skipping slot recovery because -n was given. **\n/srv/lab/shared.img was run with -f, check forced.\n"
+             "Pass 0a: Checking cluster allocation chains\nAll passes succeeded.\n\n")
+
+    def setUp(self) -> None:
+        scenario.load()
+        self.module = sys.modules["scenarios.shared_ocfs2"]
+        self.done = [self.module.Entry(line) for line in self.DONE]
+
+    def test_files(self) -> None:
+        files = self.module.settled(self.done)
+        # The third is one that is removed again.
+        self.assertEqual(files, {"/mnt/tree/1/1/node1-1": "aa", "/mnt/tree/2/0/node1-2": "bb"})
+        self.assertEqual(self.module.differences(files, {**files, "/mnt/other": "x"}), [])
+        found = self.module.differences(files, {"/mnt/tree/1/1/node1-1": "bb"})
+        self.assertEqual(len(found), 2, found)
+        self.assertEqual(self.module.longest_pause(self.done), 28)
+
+    def test_the_file_that_all_append_to(self) -> None:
+        def wrong(*lines: str) -> int:
+            return len(self.module.lines("".join(f"{line}\n" for line in lines), {"node1": self.done, "node0": self.done[:1]}))
+        self.assertEqual(wrong("node1 1", "node0 1", "node1 2", "node1 3"), 0)
+        self.assertEqual(wrong("node1 1", "node0 1", "node1 2", "node1 3", "node1 4"), 0, "one more than was looked at")
+        self.assertEqual(wrong("node1 1", "node0 1", "node1 3"), 1, "lost in the middle")
+        self.assertEqual(wrong("node1 1", "node0 1", "node1 2"), 1, "lost at the end")
+        self.assertEqual(wrong("node1 1", "node0 1", "node1 2", "node1 2", "node1 3"), 1, "twice")
+        self.assertEqual(wrong("node1 1", "node1 2", "node1 3"), 1, "all of one writer")
+        self.assertEqual(wrong("node1 1", "node0 1node1 2", "node1 3"), 3, "one over the other")
+
+    def test_fsck(self) -> None:
+        self.assertEqual(self.module.fsck_complaints(self.CLEAN), [])
+        # fsck.ocfs2 -n ends with 0 and this last line whatever it found.
+        damaged = self.CLEAN.replace("Pass 0a", "[CHAIN_BITS] Chain 1 in allocator inode 11 has 7556 bits. Fix this? n\nPass 0a")
+        self.assertEqual(len(self.module.fsck_complaints(damaged)), 1)
+        self.assertEqual(len(self.module.fsck_complaints(self.CLEAN.replace("All passes succeeded.", ""))), 1)
+
+
+class Mapping(unittest.TestCase):
+    def test_bytes_with_data_in_a_range(self) -> None:
+        scenario.load()
+        text = ('[{"start": 0, "length": 100, "data": true}, {"start": 100, "length": 50, "data": false}, '
+                '{"start": 150, "length": 50, "data": true}]')
+        allocated = sys.modules["scenarios.nbd_disk"].allocated
+        self.assertEqual([allocated(text, *part) for part in ((90, 20), (100, 50), (120, 60), (0, 300))], [10, 0, 30, 150])
+
+
 class Scenarios(unittest.TestCase):
     def test_all_load(self) -> None:
         found = scenario.load()

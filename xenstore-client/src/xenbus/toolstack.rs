@@ -79,6 +79,22 @@ pub fn find_domain(client: &Client, name: &str) -> Result<DomId> {
     Err(Error::NoDomain { name: name.to_owned(), known })
 }
 
+/// The same for whom devices of a kind are to be taken away from: also a domain that is gone, by its number. What the
+/// toolstack that destroyed it did not know of is still there.
+///
+/// # Errors
+/// As [`find_domain`].
+pub fn find_past_domain(client: &Client, name: &str, backend: DomId, kind: &str) -> Result<DomId> {
+    let absent = match find_domain(client, name) {
+        Err(Error::NoDomain { name, known }) => Error::NoDomain { name, known },
+        found => return found,
+    };
+    match name.parse::<DomId>() {
+        Ok(gone) if client.directory_opt(&format!("{}/backend/{kind}/{gone}", backend.home()))?.is_some() => Ok(gone),
+        _ => Err(absent),
+    }
+}
+
 /// Writes both directories in one transaction, as libxl does (`libxl__device_generic_add`): the frontend's belongs to
 /// the guest and may be read by the backend's domain, the backend's the other way round. `frontend`, `frontend-id`,
 /// `online=1`, `state=1` and `backend`, `backend-id`, `state=1` are added to the keys given. What was in these
@@ -261,4 +277,24 @@ pub fn destroy_domain(client: &Client, dom: DomId, backends: &[DomId]) -> Result
         }
         tx.rm_if_exists(&dom.home())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+    use super::*;
+    use crate::server::Server;
+
+    #[test]
+    fn a_domain_that_is_gone_is_found_by_what_it_left() {
+        let server = Server::new().unwrap();
+        let store = server.connect(DomId::DOM0).unwrap();
+        create_domain(&store, DomId(7), "web").unwrap();
+        store.mkdir("/local/domain/0/backend/vbd/5/51712").unwrap();
+        let find = |name, kind| find_past_domain(&store, name, DomId::DOM0, kind).ok();
+        assert_eq!((find("web", "vbd"), find("7", "vbd")), (Some(DomId(7)), Some(DomId(7))));
+        assert_eq!((find("5", "vbd"), find("5", "vif"), find("6", "vbd")), (Some(DomId(5)), None, None));
+        assert!(find_domain(&store, "5").is_err());
+    }
 }
