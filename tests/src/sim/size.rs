@@ -29,7 +29,7 @@ pub const ROWS: [(&str, Asked); 2] = [("resize: size", Asked::Resize), ("insert:
 pub enum Answer {
     /// An error.
     Error(i32),
-    /// So many bytes, the file having [`GROWN`].
+    /// So many bytes, whatever the file has.
     Bytes(u64),
 }
 
