@@ -92,14 +92,15 @@ impl Control {
         &*self.channel
     }
 
-    /// Answers all requests that are in the ring, at most as many as it has slots. True when the guest wants to be
-    /// notified.
+    /// Answers all requests that are in the ring, at most as many as it has slots. Returns how many those were, and
+    /// whether the guest wants to be notified.
     ///
     /// # Errors
     /// When the ring is broken, or copies fail as a whole.
-    pub fn turn(&mut self) -> Result<bool, Broken> {
+    pub fn turn(&mut self) -> Result<(u32, bool), Broken> {
         self.ring.pending()?;
         let mut slot = [0; CTRL_SLOT];
+        let mut answered = 0;
         while self.ring.consume(&mut slot) {
             let request = CtrlRequest::decode(&slot);
             let (status, data) = match self.carry_out(&request)? {
@@ -107,8 +108,9 @@ impl Control {
                 Err(status) => (status, 0),
             };
             self.ring.respond(&CtrlResponse { id: request.id, kind: request.kind, status, data }.encode());
+            answered += 1;
         }
-        Ok(self.ring.publish())
+        Ok((answered, self.ring.publish()))
     }
 
     /// Asks to be woken by the next request. True when one waits already, and sleeping would be wrong.

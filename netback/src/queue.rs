@@ -55,6 +55,8 @@ pub struct Progress {
     pub sent: u32,
     /// Frames read from the tap or given to the guest.
     pub received: u32,
+    /// Requests of the control ring that were answered. A guest that only configures is not one that rings for nothing.
+    pub answered: u32,
 }
 
 impl Progress {
@@ -132,10 +134,13 @@ impl Queue {
     pub fn turn(&mut self, now: Instant) -> Result<Progress, Broken> {
         self.follow_rate(now);
         let Parts { tx, rx, tap, channels, control, counters, resumed, .. } = &mut self.parts;
-        if let Some(control) = control
-            && control.turn().map_err(control_broken)?
-        {
-            control.channel().notify().map_err(channel_failed)?;
+        let mut answered = 0;
+        if let Some(control) = control {
+            let tell;
+            (answered, tell) = control.turn().map_err(control_broken)?;
+            if tell {
+                control.channel().notify().map_err(channel_failed)?;
+            }
         }
         let (sent, tell_sent) = tx.turn(tap, now)?;
         let (received, tell_received) = rx.turn(tap, now)?;
@@ -145,7 +150,7 @@ impl Queue {
         if let Some(pages) = rx.pages(now) {
             self.carry(pages)?;
         }
-        Ok(Progress { sent, received })
+        Ok(Progress { sent, received, answered })
     }
 
     fn follow_rate(&mut self, now: Instant) {

@@ -6,7 +6,7 @@ mod rig;
 
 use std::time::{Duration, Instant};
 
-use netback::abi::{TxRequest, status};
+use netback::abi::{CtrlRequest, TxRequest, status};
 use netback::credit::Rate;
 use netback::rx::{DRAIN, DRAIN_UNTOLD, STALL};
 use rig::Rig;
@@ -124,4 +124,21 @@ fn a_rate_lets_packets_wait_in_the_ring() {
     assert_eq!(answered(&mut rig, until), 2);
     rig.live.set_rate(None);
     assert_eq!(answered(&mut rig, until), 2);
+}
+
+/// A guest that sets up its hashing asks again and again and sends nothing. Were that no work, its events would be taken
+/// for a storm (XSA-332), and each of its requests would wait longer than the one before.
+#[test]
+fn an_answered_control_request_is_work() {
+    let mut rig = Rig::new(true, None);
+    let now = Instant::now();
+    assert!(rig.queue().turn(now).unwrap().is_idle());
+    for id in 0..2 {
+        rig.control.front.request(&CtrlRequest { id, kind: 99, data: [0; 3] }.encode());
+    }
+    assert!(rig.control.front.publish());
+    let progress = rig.queue().turn(now).unwrap();
+    assert_eq!(progress.answered, 2);
+    assert!(!progress.is_idle());
+    assert!(rig.queue().turn(now).unwrap().is_idle());
 }

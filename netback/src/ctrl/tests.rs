@@ -55,7 +55,7 @@ impl Rig {
     fn ask(&mut self, kind: u16, data: [u32; 3]) -> (u32, u32) {
         self.front.request(&CtrlRequest { id: 7, kind, data }.encode());
         let _wanted = self.front.publish();
-        assert!(self.control.turn().unwrap(), "the guest asked to be notified");
+        assert_eq!(self.control.turn().unwrap(), (1, true), "the guest asked to be notified");
         let mut slot = [0; CtrlResponse::SIZE];
         assert!(self.front.pending().unwrap() == 1 && self.front.consume(&mut slot));
         assert_eq!(self.front.rearm().unwrap(), 0);
@@ -191,8 +191,9 @@ fn a_full_ring_is_answered_in_one_turn() {
         rig.front.request(&CtrlRequest { id, kind: 99, data: [0; 3] }.encode());
     }
     let _wanted = rig.front.publish();
-    assert!(rig.control.turn().unwrap());
-    assert!(!rig.control.turn().unwrap() && !rig.control.rearm().unwrap());
+    assert_eq!(rig.control.turn().unwrap(), (128, true));
+    assert_eq!(rig.control.turn().unwrap(), (0, false));
+    assert!(!rig.control.rearm().unwrap());
     assert_eq!(rig.front.pending().unwrap(), 128);
     let mut slot = [0; CtrlResponse::SIZE];
     for id in 0..128 {

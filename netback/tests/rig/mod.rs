@@ -10,10 +10,11 @@ use std::time::Instant;
 use hypervisor::emu::{GuestOptions, GuestSeat, Limits, Machine, Member};
 use hypervisor::memory::Mapping;
 use hypervisor::{Backend, DomId, EventChannel, GrantAccess, GrantRef, Guest, Shared};
-use netback::abi::{RX_SLOT, RxRequest, RxResponse, TX_SLOT, TxResponse};
+use netback::abi::{CTRL_SLOT, RX_SLOT, RxRequest, RxResponse, TX_SLOT, TxResponse};
 use netback::broken::Broken;
 use netback::channels::Channels;
 use netback::counters::Counters;
+use netback::ctrl::{self, Control};
 use netback::credit::Rate;
 use netback::hash::HashState;
 use netback::multicast::Multicast;
@@ -52,12 +53,14 @@ pub struct Rig {
     pub queue: Option<Queue>,
     pub tx: GuestRing,
     pub rx: GuestRing,
+    pub control: GuestRing,
     pub pages: Shared,
     pub network: OwnedFd,
     pub counters: Arc<Counters>,
     pub live: Arc<Live>,
     receives: Receives,
     channel: Box<dyn EventChannel>,
+    control_channel: Box<dyn EventChannel>,
     guest: GuestSeat,
     machine: Machine,
 }
@@ -81,12 +84,14 @@ impl Rig {
             queue: None,
             tx: GuestRing::new(&guest, TX_SLOT),
             rx: GuestRing::new(&guest, RX_SLOT),
+            control: GuestRing::new(&guest, CTRL_SLOT),
             pages: guest.share(DomId(0), 64, GrantAccess::ReadWrite).unwrap(),
             network,
             counters: Arc::default(),
             live: Arc::new(Live::new(rate, u32::from(receives.notifies))),
             receives,
             channel: guest.alloc_unbound(DomId(0)).unwrap(),
+            control_channel: guest.alloc_unbound(DomId(0)).unwrap(),
             guest,
             machine,
         }
@@ -117,7 +122,7 @@ impl Rig {
             peer,
             receives: self.receives,
             headroom: Arc::new(AtomicU16::new(0)),
-            hash,
+            hash: Arc::clone(&hash),
             multicast,
             post: None,
             counters: Arc::clone(&self.counters),
@@ -127,6 +132,15 @@ impl Rig {
             tx.resume()?;
             rx.resume()?;
         }
+        let control = Control::new(ctrl::Parts {
+            ring: xen.map(peer, &[self.control.gref], GrantAccess::ReadWrite).unwrap(),
+            channel: xen.bind(peer, self.control_channel.port()).unwrap(),
+            xen: Arc::clone(&xen),
+            peer,
+            queues: 1,
+            hash,
+        })
+        .unwrap();
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (ours, network) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         self.network = network;
@@ -135,7 +149,7 @@ impl Rig {
             rx,
             tap: Tap::from_fd(ours).unwrap(),
             channels: Channels::Shared(xen.bind(peer, self.channel.port()).unwrap()),
-            control: None,
+            control: Some(control),
             live: Arc::clone(&self.live),
             counters: Arc::clone(&self.counters),
             resumed: resume,
