@@ -4,11 +4,11 @@
 
 mod common;
 
-use common::{World, text};
+use common::{World, text, wait_until};
 use std::fs;
 use std::process::Stdio;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Numbers that look random and can be had again (Knuth's constants).
 struct Numbers(u64);
@@ -182,13 +182,4 @@ fn waiters(world: &World) -> Vec<i32> {
     let found: Vec<i32> = pids.filter(is_ours).collect();
     assert_eq!(found.len(), 1, "one process waits");
     found
-}
-
-/// The time is generous, and nothing is said about it.
-fn wait_until(done: impl Fn() -> bool) {
-    let begin = Instant::now();
-    while !done() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "it did not happen");
-        sleep(Duration::from_millis(50));
-    }
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Line, World, ok};
+use common::{Line, World, ok, wait_until};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
@@ -117,6 +117,74 @@ fn two_bridges_by_the_wrapper_of_the_handbooks() {
         assert!(status.contains("xenbr1"), "{status}");
         call("stop");
         world.is_as(&before, layout);
+    }
+}
+
+/// Two cards in one IPv6 network have routes to the same places, of the same metric: the kernel's own to fe80::/64, those of
+/// the router's advertisements, and static ones.
+#[test]
+fn two_cards_in_one_network_become_two_bridges() {
+    for layout in LAYOUTS {
+        let Some(world) = World::new("two cards in one IPv6 network") else { return };
+        for (name, number) in [("eth0", 2), ("eth1", 3)] {
+            world.card(name, &[&format!("10.1.{number}.2/24")], &[]);
+            fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "2").unwrap();
+            world.ip(&format!("addr add fd00:1::{number}/64 dev {name} nodad noprefixroute"));
+        }
+        world.ip("-6 route add fd00:1::/64 dev eth0 metric 100");
+        world.ip("-6 route append fd00:1::/64 dev eth1 metric 100");
+        world.settle();
+        ["o-eth0", "o-eth1"].iter().for_each(|card| world.advertise(card, "fd00:5::"));
+        let routes = || world.ip("-6 route show default");
+        let defaults = |dev: &str| routes().matches(&format!("dev {dev} ")).count();
+        wait_until(|| defaults("eth0") + defaults("eth1") == 2);
+        world.settle();
+        assert_eq!((defaults("eth0"), defaults("eth1")), (1, 1), "{}", routes());
+        let held = |name: &str| {
+            let text = world.ip(&format!("-6 -o addr show dev {name}"));
+            let mut held: Vec<String> =
+                text.lines().filter_map(|line| line.split_whitespace().nth(3)).map(String::from).collect();
+            held.sort();
+            held
+        };
+        let before = [held("eth0"), held("eth1")];
+        assert_eq!(before[1].len(), 3, "fd00:1::3, one from the prefix, one of the kernel's: {before:?}");
+        for bridge in ["0", "1"] {
+            world.does(&format!("network-bridge start {layout} netdev=eth{bridge} bridge=xenbr{bridge}"));
+        }
+        let holders = if layout == "layout=bridge" { ["xenbr0", "xenbr1"] } else { ["eth0", "eth1"] };
+        for (holder, before) in holders.iter().zip(&before) {
+            assert_eq!(held(holder), *before, "{layout}");
+            assert_eq!(defaults(holder), 1, "{layout}: {}", routes());
+            let links = world.ip(&format!("-6 route show dev {holder}"));
+            for to in ["fe80::/64", "fd00:1::/64", "fd00:5::/64"] {
+                assert!(links.contains(to), "{layout}: no {to} on {holder}: {links}");
+            }
+        }
+        for bridge in ["0", "1"] {
+            world.does(&format!("network-bridge stop bridge=xenbr{bridge}"));
+        }
+        assert_eq!([held("eth0"), held("eth1")], before, "{layout}");
+        assert_eq!((defaults("eth0"), defaults("eth1")), (1, 1), "{layout}: {}", routes());
+    }
+}
+
+/// A card that has just got its carrier has no link-local address yet. The kernel would have made one; now it makes one
+/// for the link that takes the card's place.
+#[test]
+fn a_link_local_address_that_had_not_come_yet_comes_afterwards() {
+    for (layout, holder) in LAYOUTS.into_iter().zip(["xenbr0", "eth0"]) {
+        for (mode, expected) in [("0", true), ("1", false)] {
+            let Some(world) = World::new("a card without a link-local address") else { return };
+            world.card("eth0", &["10.1.0.2/24"], &[]);
+            world.settle();
+            world.ip("-6 addr flush dev eth0 scope link");
+            fs::write("/proc/sys/net/ipv6/conf/eth0/addr_gen_mode", mode).unwrap();
+            world.does(&format!("network-bridge start {layout} netdev=eth0"));
+            world.settle();
+            let held = world.ip(&format!("-6 addr show dev {holder} scope link"));
+            assert_eq!(held.contains("fe80:"), expected, "{layout}, addr_gen_mode {mode}: {held}");
+        }
     }
 }
 

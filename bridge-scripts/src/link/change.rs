@@ -93,10 +93,10 @@ impl Link {
                 self.change(address_message(libc::RTM_DELADDR, ACK, index, address, true))
             }
             Step::AddRoute(route) => {
-                // IPv4 routes of one destination and metric may lie side by side, through several links; an IPv6 route
-                // would become a way of the one that is there.
-                let side_by_side = if route.v6 { libc::NLM_F_EXCL } else { libc::NLM_F_APPEND };
-                self.route(libc::RTM_NEWROUTE, ACK | libc::NLM_F_CREATE | side_by_side, route)
+                // Routes of one destination and metric may lie side by side, through several links: every link has
+                // fe80::/64, and two cards in one network both have its routes. The very same route is refused all the
+                // same (EEXIST).
+                self.route(libc::RTM_NEWROUTE, ACK | libc::NLM_F_CREATE | libc::NLM_F_APPEND, route)
             }
             Step::RemoveRoute(route) => self.route(libc::RTM_DELROUTE, ACK, route),
             Step::AddNeighbour(neighbour) => {

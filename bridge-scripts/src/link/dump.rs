@@ -95,6 +95,11 @@ impl Link {
     /// Addresses, routes and so on of one link, or of all.
     fn details(&mut self, dev: Option<u32>, what: &What, state: &mut State) -> Result<(), Error> {
         let index = dev.unwrap_or(0);
+        // Before the addresses: the kernel adds an address first and then the route to its network. Read the other way
+        // round, a link-local address that comes in between would leave its route behind as if somebody had made it.
+        if what.routes {
+            self.routes(dev, state)?;
+        }
         if what.addresses {
             let mut fixed = [0; 8];
             fixed[4..].copy_from_slice(&index.to_ne_bytes());
@@ -107,9 +112,6 @@ impl Link {
                 address.dev = name;
                 state.addresses.push(address);
             }
-        }
-        if what.routes {
-            self.routes(dev, state)?;
         }
         if what.neighbours {
             for flags in [0, NTF_PROXY] {

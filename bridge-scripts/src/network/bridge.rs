@@ -293,9 +293,7 @@ fn enslave(state: &State, luggage: &Luggage, record: Record, plan: &mut Plan) {
     if record.made_bridge {
         make_bridge(&bridge, card.mac, plan);
         copy_settings(state, &netdev, &bridge, plan);
-        if !luggage.addresses.is_empty() {
-            plan.steps.extend(own_link_local(state, &bridge));
-        }
+        plan.steps.extend(own_link_local(state, luggage, &netdev, &bridge));
     }
     if !state.links.get(&bridge).is_some_and(|link| link.up) {
         plan.push(Step::SetUp { link: bridge.clone(), up: true });

@@ -48,6 +48,11 @@ impl Luggage {
         self.addresses.is_empty() && self.routes.is_empty() && self.neighbours.is_empty()
     }
 
+    /// Whether there is an IPv6 link-local address.
+    pub(super) fn has_link_local(&self) -> bool {
+        self.addresses.iter().any(|address| matches!(address.local, IpAddr::V6(local) if local.is_unicast_link_local()))
+    }
+
     /// A route through a nexthop object (`ip nexthop`), which cannot follow: the object belongs to its link.
     pub(super) fn stuck(&self) -> Option<&Route> {
         self.routes.iter().find(|route| route.rest.iter().any(|(kind, _)| *kind == NEXTHOP_OBJECT))

@@ -1,9 +1,13 @@
 //! A card's settings below /proc/sys/net, which follow its addresses. Pure.
 
+use super::moving::Luggage;
 use super::record::Record;
 use crate::plan::Plan;
 use crate::state::State;
 use crate::step::Step;
+
+/// IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
+const NO_LINK_LOCAL: &str = "1";
 
 /// The card's IPv6 as it was.
 pub(super) fn give_back(state: &State, record: &Record, netdev: &str, plan: &mut Plan) {
@@ -26,9 +30,16 @@ pub(super) fn sysctl(state: &State, dev: &str, path: &str, value: &str) -> Optio
     (known && (new || differs)).then(|| Step::Sysctl { path: path.to_owned(), value: value.to_owned() })
 }
 
-/// The kernel is not to invent a link-local address for a link that gets the card's.
-pub(super) fn own_link_local(state: &State, dev: &str) -> Option<Step> {
-    sysctl(state, dev, &format!("net/ipv6/conf/{dev}/addr_gen_mode"), "1")
+/// The kernel is not to invent a link-local address for a new link `to` that gets the one of the card `from`, or whose card
+/// was to have none. Otherwise it may: a card that has just got its carrier has no address yet, and will not get one any
+/// more.
+pub(super) fn own_link_local(state: &State, luggage: &Luggage, from: &str, to: &str) -> Option<Step> {
+    let mode = |dev: &str| format!("net/ipv6/conf/{dev}/addr_gen_mode");
+    let none = state.sysctls.get(&mode(from)).is_some_and(|mode| mode == NO_LINK_LOCAL);
+    if !none && !luggage.has_link_local() {
+        return None;
+    }
+    Some(Step::Sysctl { path: mode(to), value: NO_LINK_LOCAL.to_owned() })
 }
 
 /// A card's settings that follow its addresses, where they differ from what a new link gets.

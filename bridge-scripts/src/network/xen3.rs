@@ -63,12 +63,7 @@ pub(super) fn start(state: &State, luggage: &Luggage, mut record: Record, plan: 
         plan.push(Step::SetMtu { link: netdev.clone(), mtu: card.mtu });
     }
     copy_settings(state, &netdev, &netdev, plan);
-    // The new device of this name has none of the card's settings yet.
-    let mut fresh = state.clone();
-    fresh.sysctls.retain(|path, _| path.split('/').nth(3) != Some(&netdev));
-    if !luggage.addresses.is_empty() {
-        plan.steps.extend(own_link_local(&fresh, &netdev));
-    }
+    plan.steps.extend(own_link_local(state, luggage, &netdev, &netdev));
     plan.steps.extend(sysctl(state, &own, &disable_ipv6(&own), "1"));
     if record.made_bridge {
         make_bridge(&bridge, Some(Mac::XEN), plan);

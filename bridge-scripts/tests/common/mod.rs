@@ -9,7 +9,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::Value;
@@ -100,6 +100,30 @@ impl World {
     pub(crate) fn outside(&self, words: &str) -> String {
         let pid = self.outside.id().to_string();
         ok(Command::new("nsenter").args(["-t", &pid, "-n"]).args(words.split(' ')))
+    }
+
+    /// A router outside advertises itself and a /64 for autoconfiguration at a card's other end (RFC 4861, 4.2 and 4.6.2).
+    pub(crate) fn advertise(&self, card: &str, prefix: &str) {
+        // The card may have got its carrier just now.
+        let program = format!(
+            r#"
+import socket, struct, time
+message = struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)
+message += struct.pack("!BBBBIII", 3, 4, 64, 0xc0, 3600, 1800, 0) + socket.inet_pton(socket.AF_INET6, "{prefix}")
+raw = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+for patience in range(100):
+    try:
+        raw.sendto(message, ("ff02::1", 0, 0, socket.if_nametoindex("{card}")))
+        break
+    except OSError:
+        time.sleep(0.05)
+else:
+    raise SystemExit("cannot send")
+"#
+        );
+        let pid = self.outside.id().to_string();
+        ok(Command::new("nsenter").args(["-t", &pid, "-n", "python3", "-c", &program]));
     }
 
     /// The program, with this world's run directory.
@@ -336,5 +360,14 @@ impl Line {
         let mut back = vec![0; words.len()];
         self.0.read_exact(&mut back).unwrap();
         assert_eq!(back, words.as_bytes());
+    }
+}
+
+/// The time is generous, and nothing is said about it.
+pub(crate) fn wait_until(done: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "it did not happen");
+        thread::sleep(Duration::from_millis(50));
     }
 }

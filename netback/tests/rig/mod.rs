@@ -14,8 +14,8 @@ use netback::abi::{CTRL_SLOT, RX_SLOT, RxRequest, RxResponse, TX_SLOT, TxRespons
 use netback::broken::Broken;
 use netback::channels::Channels;
 use netback::counters::Counters;
-use netback::ctrl::{self, Control};
 use netback::credit::Rate;
+use netback::ctrl::{self, Control};
 use netback::hash::HashState;
 use netback::multicast::Multicast;
 use netback::negotiate::Receives;
