@@ -1,15 +1,27 @@
 //! Files and block devices as disks: opened, claimed, and asked what they can do.
 
-use std::fs::{File, Metadata};
-use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+mod claim;
+mod direct;
+mod problem;
+mod size;
 
-use rustix::fs::{FallocateFlags, OFlags, StatxFlags};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::fs::FallocateFlags;
+
+pub use problem::{ImageError, Problem};
+pub use size::Size;
+
+use claim::{LAST_WRITES, claim, open_file, wait_for_the_dead};
+use problem::{io_problem, remote_problem};
+use size::size;
 
 use crate::abi::SECTOR;
 use crate::doubt;
@@ -17,71 +29,7 @@ use crate::erase::{self, Erase};
 use crate::lock;
 use crate::nbd::protocol::{NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_TRIM};
 use crate::nbd::{Client, Export, link::Link};
-use crate::neighbours::{self, Neighbour};
 use crate::spec::Access;
-
-/// Why a file or device cannot be a disk.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {problem}", path.display())]
-pub struct ImageError {
-    /// What was to be opened.
-    pub path: PathBuf,
-    /// What is wrong with it.
-    #[source]
-    pub problem: Problem,
-}
-
-/// What is wrong with a file or device.
-#[derive(Debug, thiserror::Error)]
-pub enum Problem {
-    /// Not there.
-    #[error("no such file or device; create an image with: truncate -s 10G FILE")]
-    Missing,
-    /// Not readable, or not writable.
-    #[error("permission denied to open it for {0}; check the owner and mode of the file and of the folders above it")]
-    Permission(&'static str),
-    /// A folder.
-    #[error("is a directory; a disk is a file or a block device")]
-    Directory,
-    /// A socket, pipe or character device.
-    #[error("is neither a regular file nor a block device")]
-    NotADisk,
-    /// No sectors.
-    #[error("holds {0} bytes, less than one sector of 512; grow it with: truncate -s 10G FILE")]
-    Empty(u64),
-    /// A writable disk on storage that cannot be written.
-    #[error("is on storage that is read-only; attach it with access r")]
-    ReadOnlyStorage,
-    /// Somebody else uses it.
-    #[error("{0}")]
-    InUse(String),
-    /// Another guest, or program, has it for itself, by a lock or another claim that ends with its use.
-    #[error("{0}")]
-    Locked(String),
-    /// Anything else.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// The error.
-        #[source]
-        source: io::Error,
-    },
-}
-
-/// How large a file or device was found to be, in whole sectors of 512 bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Size {
-    /// As large as the guest's disk.
-    #[default]
-    Same,
-    /// So much larger.
-    Grown(u64),
-    /// So much smaller.
-    Shrunk(u64),
-    /// Nobody knows: an errno.
-    Unknown(i32),
-}
 
 /// An open disk image, claimed for as long as it lives.
 #[derive(Debug)]
@@ -281,68 +229,6 @@ impl Image {
         self.over_network = rustix::fs::fstatfs(&self.file).is_ok_and(|fs| NETWORK.contains(&(fs.f_type as u32)));
     }
 
-    /// Leaves the page cache out if the storage lets us, in units of the disk's sectors or in larger ones.
-    fn choose_unit(&mut self, access: Access) -> Result<(), Problem> {
-        self.unit = self.sector_size;
-        self.direct = self.try_direct(self.sector_size);
-        if self.direct {
-            return Ok(());
-        }
-        // Storage with sectors of 4096 bytes under a file.
-        let whole = (self.sectors() * SECTOR).is_multiple_of(u64::from(LARGE));
-        if self.sector_size < LARGE && whole && self.try_direct(LARGE) {
-            self.direct = true;
-            self.unit = LARGE;
-            self.physical_sector_size = self.physical_sector_size.max(LARGE);
-            // Two backends that read, change and write the same unit would undo each other's writes.
-            if access == Access::SharedWrite {
-                self.sector_size = LARGE;
-                self.notes.push("its storage has sectors of 4096 bytes, and so has this shared disk".to_owned());
-            }
-            return Ok(());
-        }
-        if access == Access::SharedWrite {
-            return Err(Problem::InUse(
-                "cannot be shared (w!): its storage cannot do direct I/O, and what one guest writes would stay in this \
-                 machine's page cache, unseen by others"
-                    .to_owned(),
-            ));
-        }
-        self.notes.push("its storage cannot do direct I/O: served through the page cache".to_owned());
-        Ok(())
-    }
-
-    /// Switches the page cache off if the smallest request, `unit` bytes anywhere, then still works.
-    fn try_direct(&self, unit: u32) -> bool {
-        // Asked before it is tried: on a hole of a sparse file ext4 lets a read pass that it refuses later, on data.
-        let fits = self
-            .direct_io_units()
-            .is_none_or(|(offset, memory)| (1..=unit).contains(&offset) && (1..=SECTOR as u32).contains(&memory));
-        let plain = OFlags::NONBLOCK;
-        if !fits || rustix::fs::fcntl_setfl(&self.file, plain | OFlags::DIRECT).is_err() {
-            return false;
-        }
-        let unit = unit as usize;
-        let mut buffer = vec![0; 4096 + 512 + unit];
-        // As odd as a guest's smallest request gets: not the start of a page, where sectors are smaller than that.
-        let start = buffer.as_ptr().align_offset(4096) + if unit == 512 { 512 } else { 0 };
-        let last = (self.sectors() * SECTOR / unit as u64).saturating_sub(1) * unit as u64;
-        let works = rustix::io::pread(&self.file, &mut buffer[start..start + unit], last).is_ok();
-        if !works && rustix::fs::fcntl_setfl(&self.file, plain).is_err() {
-            tracing::warn!(path = %self.path.display(), "cannot switch O_DIRECT off again");
-        }
-        works
-    }
-
-    /// What direct I/O wants offsets and memory to be multiples of, in bytes, 0 where there is none; `None` where the
-    /// kernel or file system does not say (statx(2), STATX_DIOALIGN, since Linux 6.1).
-    fn direct_io_units(&self) -> Option<(u32, u32)> {
-        let flags = StatxFlags::DIOALIGN;
-        let answer = rustix::fs::statx(&self.file, "", rustix::fs::AtFlags::EMPTY_PATH, flags).ok()?;
-        let known = answer.stx_mask & flags.bits() != 0;
-        known.then_some((answer.stx_dio_offset_align, answer.stx_dio_mem_align))
-    }
-
     /// A drive without a disk in it: no sectors, nothing to read or write.
     ///
     /// # Errors
@@ -369,51 +255,6 @@ impl Image {
         })
     }
 
-    /// Whole sectors of 512 bytes: as many as when it was opened, or more.
-    pub fn sectors(&self) -> u64 {
-        self.sectors.load(Ordering::Acquire)
-    }
-
-    /// Whether [`measure`](Self::measure) would find something else than it did last.
-    pub fn has_changed(&self) -> bool {
-        self.look() != *self.found.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn look(&self) -> Size {
-        if self.remote.is_some() {
-            return Size::Same;
-        }
-        let mut tries = 0;
-        let bytes = loop {
-            match (&self.file).seek(SeekFrom::End(0)) {
-                Ok(bytes) => break bytes,
-                Err(error) if tries < 3 && matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
-                    tries += 1;
-                }
-                Err(error) => return Size::Unknown(error.raw_os_error().unwrap_or(libc::EIO)),
-            }
-        };
-        let unit = u64::from(self.unit.max(self.sector_size));
-        let sectors = bytes / unit * unit / SECTOR;
-        match sectors.cmp(&self.sectors()) {
-            std::cmp::Ordering::Less => Size::Shrunk(sectors),
-            std::cmp::Ordering::Equal => Size::Same,
-            std::cmp::Ordering::Greater => Size::Grown(sectors),
-        }
-    }
-
-    /// Looks how large the file or device is now. What has grown is taken over; one that has shrunk keeps its size
-    /// towards the guest, and gives errors past its end: a guest cannot be told to need less.
-    pub fn measure(&self) -> Size {
-        let size = self.look();
-        if let Size::Grown(sectors) = size {
-            self.sectors.fetch_max(sectors, Ordering::AcqRel);
-        }
-        let settled = if matches!(size, Size::Grown(_)) { Size::Same } else { size };
-        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = settled;
-        size
-    }
-
     /// What distinguishes it from all others ([`doubt`]).
     ///
     /// # Errors
@@ -437,62 +278,6 @@ impl AsFd for Image {
     }
 }
 
-type Lock = fn(&File, Access) -> Result<(), String>;
-
-/// Claims what was opened, by the means of `lock` (for all of a file, and for a part of it), and looks for others who use it without a lock. Returns what else
-/// has to stay open for the claim to hold.
-fn claim(
-    file: &File,
-    metadata: &Metadata,
-    access: Access,
-    (lock, lock_part): (Lock, Lock),
-) -> Result<Vec<File>, Problem> {
-    lock(file, access).map_err(Problem::Locked)?;
-    if metadata.is_file() {
-        refuse_neighbours(access, &neighbours::of_file(metadata))?;
-        return Ok(Vec::new());
-    }
-    let device = metadata.rdev();
-    refuse_neighbours(access, &neighbours::of_device(device))?;
-    for path in neighbours::relatives(device) {
-        // A partition that is served is locked on its own node. One that cannot be opened is served by nobody.
-        let Ok(relative) = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(&path)
-        else {
-            continue;
-        };
-        lock::check(&relative, access)
-            .map_err(|text| Problem::InUse(format!("shares its sectors with {}, which {text}", path.display())))?;
-    }
-    let mut under = Vec::new();
-    for (path, whole) in neighbours::files_under(device) {
-        // A file that was deleted under its loop device cannot be opened by anybody else either.
-        let Ok(below) = File::options().read(true).write(access != Access::ReadOnly).open(&path) else { continue };
-        let claimed = if whole { lock(&below, access) } else { lock_part(&below, access) };
-        claimed.map_err(|text| Problem::InUse(format!("is a loop device over {}, which {text}", path.display())))?;
-        under.push(below);
-    }
-    Ok(under)
-}
-
-fn refuse_neighbours(access: Access, neighbours: &[Neighbour]) -> Result<(), Problem> {
-    match neighbours::in_the_way(access, neighbours) {
-        None => Ok(()),
-        Some(Neighbour { what, remedy, .. }) => Err(Problem::InUse(format!("is in use here: {what}; {remedy} first"))),
-    }
-}
-
-/// How long the last writes of a killed process are waited for.
-const LAST_WRITES: Duration = Duration::from_secs(20);
-
-/// Waits while a file is locked by nobody who lives. Direct writes of a process that was killed go on landing until they
-/// are done, and only then is its lock gone: whoever writes before would be overwritten.
-fn wait_for_the_dead(file: &File, access: Access, longest: Duration) {
-    let began = Instant::now();
-    while began.elapsed() < longest && lock::check(file, access).is_err() && !lock::has_live_holder(file) {
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 /// The NBD export that a path stands for; `None` if it is a path.
 pub fn export(path: &Path) -> Option<&str> {
     path.to_str().filter(|text| Export::is_one(text))
@@ -500,10 +285,6 @@ pub fn export(path: &Path) -> Option<&str> {
 
 fn parse(text: &str) -> Result<Export, Problem> {
     text.parse().map_err(|error: String| Problem::Io { what: "NBD export", source: io::Error::other(error) })
-}
-
-fn remote_problem(source: io::Error) -> Problem {
-    Problem::Io { what: "the NBD server cannot be reached", source }
 }
 
 fn check_remote(size: u64, flags: u16, access: Access) -> Result<(), Problem> {
@@ -516,44 +297,11 @@ fn check_remote(size: u64, flags: u16, access: Access) -> Result<(), Problem> {
     Ok(())
 }
 
-/// Opens what can be a disk, and nothing else; `alone` claims a block device.
-fn open_file(path: &Path, access: Access, alone: bool) -> Result<(File, Metadata), Problem> {
-    // Looked at before it is opened: opening a pipe or a device can have effects.
-    let kind = std::fs::metadata(path).map_err(|error| open_problem(error, access))?.file_type();
-    if kind.is_dir() {
-        return Err(Problem::Directory);
-    }
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(Problem::NotADisk);
-    }
-    // O_NONBLOCK lets io_uring try files without the no-wait flag (tmpfs) at once instead of handing them to its
-    // workers; on others it changes nothing. O_EXCL claims a block device against mounts and other claims.
-    let exclusive = kind.is_block_device() && alone;
-    let flags = OFlags::NONBLOCK | OFlags::NOCTTY | if exclusive { OFlags::EXCL } else { OFlags::empty() };
-    let file = File::options()
-        .read(true)
-        .write(access != Access::ReadOnly)
-        .custom_flags(flags.bits().cast_signed())
-        .open(path)
-        .map_err(|error| busy_or(path, access, open_problem(error, access)))?;
-    let metadata = file.metadata().map_err(io_problem("fstat"))?;
-    Ok((file, metadata))
-}
-
 /// Numbers of network file systems (statfs(2), linux/magic.h): nfs, cifs, smb2, 9p, ceph, afs.
 const NETWORK: [u32; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400, 0x5346_414f];
 
 /// Bytes of the largest request of a guest: 256 segments, and a unit more at each end.
 const LARGEST_REQUEST: u32 = (256 + 2) * 4096;
-
-/// The sectors of a "4Kn" disk, in bytes.
-const LARGE: u32 = 4096;
-
-/// Bytes of a file or device that holds a sector at least.
-fn size(file: &mut File) -> Result<u64, Problem> {
-    let bytes = file.seek(SeekFrom::End(0)).map_err(io_problem("finding its size"))?;
-    if bytes < SECTOR { Err(Problem::Empty(bytes)) } else { Ok(bytes) }
-}
 
 /// Limits of a block device's queue (Documentation/ABI/stable/sysfs-block of Linux), in bytes.
 const DISCARD_MAX: &str = "discard_max_bytes";
@@ -575,34 +323,6 @@ pub fn device_at(path: &Path) -> Option<(u32, u32)> {
 
 fn device_number(device: u64) -> (u32, u32) {
     (rustix::fs::major(device), rustix::fs::minor(device))
-}
-
-fn open_problem(error: io::Error, access: Access) -> Problem {
-    match (error.kind(), error.raw_os_error()) {
-        (io::ErrorKind::NotFound, _) => Problem::Missing,
-        (io::ErrorKind::PermissionDenied, _) => {
-            Problem::Permission(if access == Access::ReadOnly { "reading" } else { "writing" })
-        }
-        (io::ErrorKind::IsADirectory, _) => Problem::Directory,
-        (io::ErrorKind::ReadOnlyFilesystem, _) => Problem::ReadOnlyStorage,
-        (_, Some(libc::EBUSY)) => {
-            Problem::Locked("is claimed by this machine or another guest, alone; detach it there first".to_owned())
-        }
-        _ => Problem::Io { what: "open", source: error },
-    }
-}
-
-/// Says who, where the kernel only said busy.
-fn busy_or(path: &Path, access: Access, problem: Problem) -> Problem {
-    let neighbours = match &problem {
-        Problem::Locked(_) => std::fs::metadata(path).map(|m| neighbours::of_device(m.rdev())).unwrap_or_default(),
-        _ => Vec::new(),
-    };
-    refuse_neighbours(access, &neighbours).err().unwrap_or(problem)
-}
-
-fn io_problem<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Problem {
-    move |error| Problem::Io { what, source: error.into() }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@
 //!
 //! A queue has no thread and never waits: [`worker`](crate::worker) drives it, and a test can single-step it.
 
+mod flight;
 mod hold;
 mod order;
 
@@ -32,6 +33,8 @@ use crate::grants::Grants;
 use crate::health::Health;
 use crate::request::{self, Refusal, Shape, Transfer, Work};
 use crate::storage::{Done, Storage};
+
+use flight::{Doing, Due, Flight};
 
 /// Requests taken in one turn. Enough to share the price of a system call; few enough that the guest can refill the
 /// ring while we work on the rest of it.
@@ -73,76 +76,6 @@ impl Progress {
     pub fn is_idle(self) -> bool {
         self == Self::default()
     }
-}
-
-/// The duty to answer one request. Spent by [`Queue::answer`], or knowingly by [`withhold`](Self::withhold).
-#[derive(Debug)]
-#[must_use]
-struct Due {
-    id: u64,
-    operation: u8,
-    spent: bool,
-}
-
-impl Due {
-    fn new(slot: &Slot) -> Self {
-        Self { id: slot.id(), operation: request::answered_operation(slot), spent: false }
-    }
-
-    fn spend(mut self) -> (u64, u8) {
-        self.spent = true;
-        (self.id, self.operation)
-    }
-
-    /// Leaves the request without an answer for good: any answer would be a lie.
-    fn withhold(self) {
-        let (id, operation) = self.spend();
-        tracing::warn!(id, operation, "request withheld");
-    }
-}
-
-impl Drop for Due {
-    fn drop(&mut self) {
-        if !self.spent && !std::thread::panicking() {
-            tracing::error!(id = self.id, "a request was dropped without an answer: this is a bug");
-            debug_assert!(false, "a request was dropped without an answer");
-        }
-    }
-}
-
-/// What is being done for a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Doing {
-    Read,
-    Write,
-    Flush,
-    FlushThenWrite,
-    Discard,
-    /// A secure discard: the storage erases, then the range is made to read as zeros, then both are made to last.
-    Erase,
-    EraseZeros,
-    EraseEnd,
-    /// A barrier, until everything before it is done; then its flush, its write, and the flush after it.
-    Barrier,
-    BarrierFlush,
-    BarrierWrite,
-    BarrierEnd,
-}
-
-/// A request between its consumption and its response.
-#[derive(Debug, Default)]
-struct Flight {
-    due: Option<Due>,
-    doing: Option<Doing>,
-    /// Where on the disk, and how much, in bytes.
-    offset: u64,
-    len: u64,
-    /// The data of a write that waits for its copy or its flush.
-    memory: IoList,
-    /// Copies owed to the guest when a read is done.
-    copies: Vec<CopyOp>,
-    /// Pages of ours that the data go through.
-    pages: Vec<u32>,
 }
 
 /// What a queue is made of.

@@ -76,6 +76,8 @@ pub struct UringStorage {
     continued: u32,
     /// What io_uring has no operation for.
     eraser: Option<Eraser>,
+    /// Erasures that were asked of an image that cannot erase.
+    refused: Vec<u32>,
 }
 
 /// Tokens of wakers count down from here; requests count up from 0.
@@ -107,7 +109,7 @@ impl UringStorage {
         let files: Vec<_> = std::iter::once(image).chain(wakers.iter().copied()).collect();
         let wakers = wakers.len() as u32;
         let ring = Uring::new(capacity + wakers, &files)?;
-        Ok(Self { ring, rung: 0, armed: 0, ignored: 0, wakers, continued: 0, eraser })
+        Ok(Self { ring, rung: 0, armed: 0, ignored: 0, wakers, continued: 0, eraser, refused: Vec::new() })
     }
 
     /// Operations that were short or interrupted and had to be continued.
@@ -161,7 +163,7 @@ impl Storage for UringStorage {
     fn erase(&mut self, offset: u64, len: u64, token: u32) {
         match &mut self.eraser {
             Some(eraser) => eraser.ask(offset, len, token),
-            None => debug_assert!(false, "what cannot erase is not asked to"),
+            None => self.refused.push(token),
         }
     }
 
@@ -173,6 +175,10 @@ impl Storage for UringStorage {
     #[inline]
     fn next(&mut self) -> Option<Done> {
         if let Some((token, result)) = self.eraser.as_mut().and_then(Eraser::take) {
+            return Some(Done { token, memory: IoList::default(), result });
+        }
+        if let Some(token) = self.refused.pop() {
+            let result = Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
             return Some(Done { token, memory: IoList::default(), result });
         }
         loop {
@@ -208,7 +214,7 @@ impl Storage for UringStorage {
 
     #[inline]
     fn has_completions(&mut self) -> bool {
-        self.eraser.as_ref().is_some_and(Eraser::has_ended) || self.ring.has_completions()
+        self.eraser.as_ref().is_some_and(Eraser::has_ended) || !self.refused.is_empty() || self.ring.has_completions()
     }
 }
 
@@ -242,6 +248,17 @@ mod tests {
         let done = done(&mut storage);
         assert_eq!(done.result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(storage.continued(), 1, "the first kilobyte was read");
+    }
+
+    #[test]
+    fn what_cannot_erase_says_so() {
+        let file = tempfile::tempfile().unwrap();
+        let mut storage = UringStorage::new(file.as_fd(), &[], 4).unwrap();
+        storage.erase(0, 4096, 7);
+        assert!(storage.has_completions());
+        let done = storage.next().unwrap();
+        assert_eq!((done.token, done.result.unwrap_err().raw_os_error()), (7, Some(libc::EOPNOTSUPP)));
+        assert!(!storage.has_completions());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,17 @@ class Guest:
 
     def domid(self) -> int:
         return int(self.lab.sh(f"xl domid {self.name}"))
+
+    def wait_new_domain(self, old: int) -> None:
+        """Wait until the name belongs to another domain than before."""
+        patience = 120 * self.lab.slow
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            result = self.lab.machine.run(["xl", "domid", self.name], 30)
+            if result.code == 0 and int(result.out) != old:
+                return
+            time.sleep(1)
+        raise CommandFailed(f"waited {patience:.0f} s for {self.name} to come back under a new domain id (it was {old})")
 
     def backend_path(self, vdev: str, kind: str | None = None) -> str:
         kind = kind or ("qdisk" if self.lab.backend == "qdisk" else "vbd")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from lab import Disk, GuestConfig, Lab
-from machine import CommandFailed
 from scenario import Scenario
 
 #: I/O that goes on in the background of the guest until it is killed or fails.
@@ -97,19 +96,8 @@ def reboot(lab: Lab) -> None:
     guest.run("echo here > /root/mark; sync")
     lab.keep_dmesg(guest)
     lab.xl("reboot phoenix")
-    wait_new_domain(lab, guest.name, before)
+    guest.wait_new_domain(before)
     assert guest.run("cat /root/mark", 150).strip() == "here", "what was written before the reboot is gone"
-
-
-def wait_new_domain(lab: Lab, name: str, old: int) -> None:
-    """Wait until the name belongs to another domain than before."""
-    until = time.monotonic() + 120 * lab.slow
-    while time.monotonic() < until:
-        result = lab.machine.run(["xl", "domid", name], 30)
-        if result.code == 0 and int(result.out) != old:
-            return
-        time.sleep(1)
-    raise CommandFailed(f"waited {120 * lab.slow:.0f} s for {name} to come back under a new domain id (it was {old})")
 
 
 def save_restore(lab: Lab) -> None:

@@ -6,7 +6,6 @@ import time
 
 import network as net
 from lab import GuestConfig, Lab
-from machine import CommandFailed
 from scenario import Scenario
 
 MAC = "00:16:3e:00:00:01"
@@ -38,7 +37,7 @@ def life(lab: Lab) -> None:
     lab.keep_dmesg(guest)
     old = guest.domid()
     lab.xl("reboot nomad")
-    wait_new_domain(lab, "nomad", old)
+    guest.wait_new_domain(old)
     guest.rebooted()
     net.give(guest, "eth0", "10.17.0.11/24")
     net.wait_connected(lab, guest, 0)
@@ -64,17 +63,6 @@ def life(lab: Lab) -> None:
 
 def packets(lab: Lab, name: str) -> int:
     return sum(int(word) for word in lab.sh(f"cat /sys/class/net/{name}/statistics/[rt]x_packets").split())
-
-
-def wait_new_domain(lab: Lab, name: str, old: int) -> None:
-    """Wait until the name belongs to another domain than before."""
-    until = time.monotonic() + 120 * lab.slow
-    while time.monotonic() < until:
-        result = lab.machine.run(["xl", "domid", name], 30)
-        if result.code == 0 and int(result.out) != old:
-            return
-        time.sleep(1)
-    raise CommandFailed(f"waited {120 * lab.slow:.0f} s for {name} to come back under a new domain id (it was {old})")
 
 
 LIFE = Scenario("net-life", "save and restore with a TCP connection alive, reboot, destroy under load", life, network=True, order=61)
