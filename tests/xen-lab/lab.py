@@ -79,6 +79,7 @@ class Lab:
         self.notes: list[tuple[str, str]] = []
         self.guest_dmesg: dict[str, str] = {}
         self._xen_log = ""          # read while counting, not yet looked at
+        self.emulation_faults = 0           # since the start, see checks.EMULATION_FAULT
         self.last_counts: dict[str, int] | None = None
         self.links: list[str] = []          # made by scenarios, deleted afterwards
         self.sh(f"mkdir -p {IMAGES}")
@@ -286,6 +287,7 @@ class Lab:
         xen, _, ours = rest.partition("@@OURS")
         found = [f"dom0: {line}" for line in checks.trouble(kernel, checks.KERNEL_TROUBLE)]
         xen, self._xen_log = self._xen_log + xen, ""
+        self.emulation_faults += len(checks.EMULATION_FAULT.findall(xen))
         found += [f"xen: {line}" for line in checks.trouble(xen, checks.XEN_TROUBLE)]
         found += [f"ours: {line}" for line in checks.trouble(ours, checks.BACKEND_TROUBLE)]
         for name, text in self.guest_dmesg.items():

@@ -4,6 +4,7 @@ disk for a while, and only one of them may write."""
 from __future__ import annotations
 
 import network as net
+from guest import Guest
 from lab import Disk, GuestConfig, Lab
 from scenario import Scenario
 
@@ -18,7 +19,8 @@ done; echo ended >> /tmp/ended) >/dev/null 2>&1 &"""
 def migrate(lab: Lab) -> None:
     net.link(lab, "xenbr0", "bridge", "10.17.0.1/24")
     image = lab.image("data", "32M")
-    guest = lab.guest(GuestConfig("nomad", memory=256, disks=[Disk(image, "xvda")], vifs=[f"mac={MAC},bridge=xenbr0"]))
+    # Debian's Xen cannot log which pages of a PV guest are written to, so that only PVH guests migrate.
+    guest = lab.guest(GuestConfig("nomad", kind="pvh", memory=256, disks=[Disk(image, "xvda")], vifs=[f"mac={MAC},bridge=xenbr0"]))
     guest.run("dd if=/dev/urandom of=/tmp/pattern bs=64k count=64 2>/dev/null; "
               "dd if=/tmp/pattern of=/dev/xvda bs=64k seek=128 oflag=direct 2>/dev/null")
     net.give(guest, "eth0", "10.17.0.12/24")
@@ -29,14 +31,14 @@ def migrate(lab: Lab) -> None:
 
     lab.step("xl save -c: saved, and the guest goes on as it was")
     old = guest.domid()
-    counted, ticked = count(lab, guest), ticker.last()
+    counted, ticked = count(guest), ticker.last()
     lab.xl("save -c nomad /srv/lab/nomad.save", 180)
     assert guest.domid() == old
     wait_count(guest, counted + 20)
     ticker.wait(ticked + 5, 120)
 
     lab.step("xl migrate to this machine")
-    counted, ticked = count(lab, guest), ticker.last()
+    counted, ticked = count(guest), ticker.last()
     # With an empty command for ssh the "host" is what runs at the other end (xl(1)).
     lab.xl("migrate -s '' nomad 'xl migrate-receive'", 240)
     new = guest.domid()
@@ -45,6 +47,9 @@ def migrate(lab: Lab) -> None:
     wait_count(guest, counted + 20)
     ticker.wait(ticked + 5, 120)
     lab.sh(f"! ip link show vif{old}.0 2>/dev/null")
+    # It did wait for its former self: nothing else shows that nobody wrote too early.
+    said = lab.sh(f"grep -a 'arrives, and waits\\|is this guest.s now' /var/log/lab/blkback.log | grep backend/vbd/{new}/").splitlines()
+    assert len(said) == 2 and "arrives, and waits" in said[0], said
 
     lab.step("what was said to be on the disk is there")
     total = int(guest.run("rm /tmp/counting; until [ -e /tmp/ended ]; do sleep 0.2; done; cat /tmp/count"))
@@ -57,16 +62,16 @@ def migrate(lab: Lab) -> None:
     ticker.complete()
 
 
-def count(lab: Lab, guest) -> int:
+def count(guest: Guest) -> int:
     wait_count(guest, 1)
     return int(guest.run("cat /tmp/count"))
 
 
-def wait_count(guest, least: int) -> None:
+def wait_count(guest: Guest, least: int) -> None:
     """Wait until the guest has written that many numbers, or has failed to."""
     guest.run(f"until [ -e /tmp/ended ] || [ $(cat /tmp/count 2>/dev/null || echo 0) -ge {least} ]; do sleep 0.2; done; "
               "! [ -e /tmp/ended ]")
 
 
 MIGRATE = Scenario("migrate", "xl save -c, and xl migrate to another domain of this machine, with I/O and a TCP connection under way",
-                   migrate, network=True, order=24)
+                   migrate, backends=("ours",), network=True, order=24)
