@@ -20,7 +20,7 @@ IMAGES = "/srv/lab"
 
 #: Everything our programs are given. Documented in README.md: change both. A kept machine may still run older ones:
 #: OURS_STOP comes first.
-OURS_START = r"""
+FUNCTIONS = r"""
 program() { if [ -e /run/lab-bin/$1 ]; then echo /run/lab-bin/$1; else echo /lab/bin/$1; fi; }     # see Lab.install
 serve() {       # serve PID-FILE LOG PROGRAM ARGUMENT…
     local pid=$1 log=$2; shift 2
@@ -28,6 +28,9 @@ serve() {       # serve PID-FILE LOG PROGRAM ARGUMENT…
     echo $! > $pid
 }
 serves() { kill -0 $(cat $1) || { tail -20 $2; exit 1; }; }
+serve_netback() { serve /run/lab-netback.pid /var/log/lab/netback.log $(program netback) serve; }
+"""
+OURS_START = FUNCTIONS + r"""
 modprobe -r xen-blkback xen-netback 2>/dev/null
 lsmod | grep -E '^xen_(blk|net)back' && { echo "the kernel's backend is loaded and cannot be removed"; exit 1; }
 script=/etc/xen/scripts/block
@@ -42,7 +45,7 @@ if [ -e $netback ] && [ -e $scripts ]; then
         ln -sfn $scripts $script
     done
     modprobe tun
-    serve /run/lab-netback.pid /var/log/lab/netback.log $netback serve
+    serve_netback
 fi
 sleep 1
 serves /run/lab-backend.pid /var/log/lab/blkback.log
@@ -257,6 +260,13 @@ class Lab:
                 "ip -all netns delete; " + "".join(f"ip link delete {name} 2>/dev/null; " for name in self.links), 120, check=False)
         self.guests.clear()
         self.links.clear()
+
+    def kill_netback(self) -> None:
+        """SIGKILL; whoever comes next finds the rings as they were."""
+        self.sh("pid=$(cat /run/lab-netback.pid); kill -KILL $pid; while [ -d /proc/$pid ]; do sleep 0.1; done")
+
+    def serve_netback(self) -> None:
+        self.sh(FUNCTIONS + "serve_netback; sleep 1; serves /run/lab-netback.pid /var/log/lab/netback.log")
 
     # ---- counting
 

@@ -1,4 +1,5 @@
-"""An interface through a guest's life: save and restore with a connection that goes on, reboot, destroy under load."""
+"""An interface through its guest's life: save and restore with a connection that goes on, reboot, destroy under load. And
+through its backend's: killed and started again."""
 
 from __future__ import annotations
 
@@ -61,8 +62,43 @@ def life(lab: Lab) -> None:
     assert not found, f"left of {name}: {found}"
 
 
+def killed(lab: Lab) -> None:
+    net.link(lab, "xenbr0", "bridge", "10.17.0.1/24")
+    guests = [lab.guest(GuestConfig(name, vcpus=2, vifs=["bridge=xenbr0"])) for name in ("one", "two")]
+    for number, guest in enumerate(guests, 11):
+        net.give(guest, "eth0", f"10.17.0.{number}/24")
+    ticker = net.ticker(lab, "10.17.0.1")
+    net.tick_from(guests[0], "10.17.0.1")
+    ticker.alive()
+    net.ping(lab, "10.17.0.12", guests[0])
+    lab.step("kill -9 of netback, five times; the connection goes on each time")
+    for _ in range(5):
+        lab.kill_netback()
+        before = ticker.last()
+        time.sleep(1)
+        lab.serve_netback()
+        ticker.wait(before + 5, 60)
+    lab.step("also with both directions busy")
+    lab.background("iperf3 -s -B 10.17.0.1")
+    guests[1].run("(iperf3 -c 10.17.0.1 -t 600 --bidir || echo failed > /tmp/failed) > /dev/null 2>&1 &\nsleep 5; ! [ -e /tmp/failed ]")
+    name = net.vif(guests[1], 0)
+    for _ in range(3):
+        lab.kill_netback()
+        lab.serve_netback()
+        lab.sh(f"n=0; until [ -e /sys/class/net/{name} ]; do n=$((n+1)); [ $n -lt 100 ] || exit 1; sleep 0.2; done")
+        flowing = packets(lab, name)
+        time.sleep(5)
+        assert packets(lab, name) > flowing + 100, f"{name} stands still"
+    guests[1].run("! [ -e /tmp/failed ]; killall iperf3")
+    net.ping(lab, "10.17.0.12", guests[0])
+    guests[0].run("kill $(cat /tmp/ticker.pid); sleep 1")
+    ticker.complete()
+
+
 def packets(lab: Lab, name: str) -> int:
     return sum(int(word) for word in lab.sh(f"cat /sys/class/net/{name}/statistics/[rt]x_packets").split())
 
 
 LIFE = Scenario("net-life", "save and restore with a TCP connection alive, reboot, destroy under load", life, network=True, order=61)
+KILLED = Scenario("net-killed", "netback is killed and started again, under TCP connections that go on", killed,
+                  backends=("ours",), network=True, order=62)
