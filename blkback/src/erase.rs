@@ -34,24 +34,16 @@ impl Erase for Device {
     }
 }
 
-/// How a block device that is open for writing erases, if it can. A kernel that cannot be asked is taken for one that
-/// cannot: a guest that was promised too much gives up discards of every kind with the first refusal (blkfront.c).
+/// How a block device that is open for writing erases, if it can.
 ///
 /// # Errors
 /// When the machine is out of descriptors.
 pub fn of_device(device: &File) -> io::Result<Option<Arc<dyn Erase>>> {
-    let tells = can_be_asked(&rustix::system::uname().release().to_string_lossy());
-    if !tells || !can_erase(device.as_fd()) {
+    if !can_erase(device.as_fd()) {
         return Ok(None);
     }
     // The same open file: its claim lasts until what is being erased is erased.
     Ok(Some(Arc::new(Device(device.try_clone()?))))
-}
-
-/// Whether [`can_erase`] tells the truth on a kernel of this release, as uname(2) has it: since Linux 5.19.
-fn can_be_asked(release: &str) -> bool {
-    let mut numbers = release.split(|char: char| !char.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (5u32, 19u32)
 }
 
 #[derive(Debug)]
@@ -165,20 +157,6 @@ mod tests {
                 3584 => Err(io::Error::from_raw_os_error(libc::EIO)),
                 _ => Ok(()),
             }
-        }
-    }
-
-    #[test]
-    fn kernels_that_can_be_asked() {
-        for (release, expected) in [
-            ("6.1.0-28-amd64", true),
-            ("5.19.0", true),
-            ("5.18.19-xen", false),
-            ("5.10.0-33-amd64", false),
-            ("10.0", true),
-            ("unheard of", false),
-        ] {
-            assert_eq!(can_be_asked(release), expected, "{release}");
         }
     }
 
