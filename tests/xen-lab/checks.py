@@ -16,11 +16,8 @@ KERNEL_TROUBLE = re.compile(
     r"|net eth\d+: (?:Invalid|Bad|bad|rx->|Need|Missing|GSO|Unexpected|Malformed)|vif vif-[\d-]+: \d+ ")
 #: Lines of Xen's log that fail a run: a guest or dom0 used a grant or an event channel wrongly, or Xen is ill.
 XEN_TROUBLE = re.compile(
-    r"\(XEN\).*(Assertion|Xen BUG|Xen WARN|FATAL|Panic|gnttab.*[Bb]ad|Bad grant|bad ref|Bad flags|Unstable TSC"
+    r"\(XEN\).*(Assertion|Xen BUG|Xen WARN|FATAL|Panic|gnttab.*[Bb]ad|Bad grant|bad ref|Bad flags|Unstable TSC|Triple fault"
     r"|grant_table\.c:\d+:d\d+.*(?:[Bb]ad|fail|[Ii]nvalid)|put_page_from|mm\.c:\d+:d\d+.*(?:Bad|Error|fail))")
-#: What Xen says when QEMU's emulation of SVM has lost a PVH guest. It was seen behind an RDTSC, which Xen had emulated, and
-#: in front of a load from the kernel's own data while Xen logged dirty pages: nothing there is a backend's.
-EMULATION_FAULT = re.compile(r"\(XEN\) d\d+v\d+ Triple fault")
 #: Lines of our backend's log that fail a run (tracing's format: level as a word of its own), and its panics.
 BACKEND_TROUBLE = re.compile(r"(?:^|\s)ERROR(?:\s|$)|panicked at")
 

@@ -59,8 +59,8 @@ class GuestConfig:
             extra += " lab.blkfront=" + ",".join(f"{name}={value}" for name, value in self.blkfront.items())
         disks = ", ".join(f'"{disk.spec(backend)}"' for disk in self.disks)
         vifs = ",".join(f"'{vif}'" for vif in self.vifs)
-        # Xen would emulate every RDTSC here, because QEMU's TSC is not invariant. That is slow, and now and then QEMU's
-        # emulation of SVM loses a guest in it (a triple fault right behind the instruction).
+        # Xen would emulate every RDTSC here, because QEMU's TSC is not invariant, and that is slow: of a PVH guest's each
+        # is an exit that QEMU has to emulate too.
         tsc = 'tsc_mode="native"\n' if self.kind == "pvh" else ""
         return (f'{tsc}name="{self.name}"\ntype="{self.kind}"\nkernel="{self.kernel}"\nramdisk="{self.ramdisk}"\n'
                 f'extra="{extra}"\nmemory={self.memory}\nvcpus={self.vcpus}\n'

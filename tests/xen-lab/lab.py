@@ -18,8 +18,7 @@ BACKENDS = ("kernel", "qdisk", "ours")
 #: dom0's folder for images. On its root disk, which is thrown away with the machine.
 IMAGES = "/srv/lab"
 
-#: Everything our programs are given. Documented in README.md: change both. A kept machine may still run older ones:
-#: OURS_STOP comes first.
+#: For starting our programs.
 FUNCTIONS = r"""
 program() { if [ -e /run/lab-bin/$1 ]; then echo /run/lab-bin/$1; else echo /lab/bin/$1; fi; }     # see Lab.install
 serve() {       # serve PID-FILE LOG PROGRAM ARGUMENT…
@@ -30,6 +29,8 @@ serve() {       # serve PID-FILE LOG PROGRAM ARGUMENT…
 serves() { kill -0 $(cat $1) || { tail -20 $2; exit 1; }; }
 serve_netback() { serve /run/lab-netback.pid /var/log/lab/netback.log $(program netback) serve; }
 """
+#: Everything our programs are given. Documented in README.md: change both. A kept machine may still run older ones:
+#: OURS_STOP comes first.
 OURS_START = FUNCTIONS + r"""
 modprobe -r xen-blkback xen-netback 2>/dev/null
 lsmod | grep -E '^xen_(blk|net)back' && { echo "the kernel's backend is loaded and cannot be removed"; exit 1; }
@@ -82,7 +83,6 @@ class Lab:
         self.notes: list[tuple[str, str]] = []
         self.guest_dmesg: dict[str, str] = {}
         self._xen_log = ""          # read while counting, not yet looked at
-        self.emulation_faults = 0           # since the start, see checks.EMULATION_FAULT
         self.last_counts: dict[str, int] | None = None
         self.links: list[str] = []          # made by scenarios, deleted afterwards
         self.sh(f"mkdir -p {IMAGES}")
@@ -297,7 +297,6 @@ class Lab:
         xen, _, ours = rest.partition("@@OURS")
         found = [f"dom0: {line}" for line in checks.trouble(kernel, checks.KERNEL_TROUBLE)]
         xen, self._xen_log = self._xen_log + xen, ""
-        self.emulation_faults += len(checks.EMULATION_FAULT.findall(xen))
         found += [f"xen: {line}" for line in checks.trouble(xen, checks.XEN_TROUBLE)]
         found += [f"ours: {line}" for line in checks.trouble(ours, checks.BACKEND_TROUBLE)]
         for name, text in self.guest_dmesg.items():

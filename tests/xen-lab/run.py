@@ -136,7 +136,7 @@ def test(args: argparse.Namespace, images: build.Images) -> int:
             if run.scenario.network and run.backend == "ours" and not lab.has_network:
                 say(f"NOT TESTED: {run.title}: no netback and bridge-scripts beside blkback")
                 continue
-            outcome = one_or_again(lab, run, logs)
+            outcome = one(lab, run, logs)
             outcomes.append(outcome)
             say(f"[{number}/{len(runs)}] {run.title}: {'ok' if outcome.passed else 'FAILED'} {outcome.seconds:.1f} s")
             if not machine.alive():
@@ -159,18 +159,6 @@ def test(args: argparse.Namespace, images: build.Images) -> int:
     print(f"\n{len(outcomes)} runs, {failed} failed, {boots} boot(s), {time.monotonic() - began:.0f} s"
           + (f"; logs in {logs}" if failed else ""))
     return 1 if failed else 0
-
-
-def one_or_again(lab: Lab, run: scenarios.Run, logs: Path) -> scenarios.Outcome:
-    """One scenario with one backend; once more if it failed because the emulation lost its guest."""
-    faults = lab.emulation_faults
-    outcome = one(lab, run, logs)
-    if outcome.passed or lab.emulation_faults == faults or not lab.machine.alive():
-        return outcome
-    say(f"    {run.title}: the emulation lost a PVH guest (triple fault): once more")
-    again = one(lab, run, logs)
-    again.notes.append(("tries", "2: the emulation lost the first one's guest (triple fault)"))
-    return again
 
 
 def one(lab: Lab, run: scenarios.Run, logs: Path) -> scenarios.Outcome:
