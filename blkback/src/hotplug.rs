@@ -1,7 +1,8 @@
 //! The hotplug program for disks: what libxl runs as the script `block` (docs/misc/block-scripts.txt of Xen).
 //!
 //! libxl calls it with `add` once the backend is in state 2, and with `remove` after state 6; XENBUS_PATH names the
-//! backend's directory. It says in `hotplug-status` whether the disk can be had; the backend waits for that before it
+//! backend's directory, relative to this domain's home (`backend/vbd/1/51712`) from xl, and absolute from tools of older
+//! days and from ourselves. It says in `hotplug-status` whether the disk can be had; the backend waits for that before it
 //! opens anything. There is no loop device to set up, and so nothing to take down.
 
 use std::path::{Path, PathBuf};
@@ -92,9 +93,8 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
         let status = if matches!(error.problem, Problem::InUse(_) | Problem::Locked(_)) { "busy" } else { "error" };
         Failure { text: error.to_string(), status }
     })?;
-    if let Some(backend) = backend_of(xenbus_path) {
-        doubt::check(store, backend, &path, access).map_err(|text| Failure { text, status: "error" })?;
-    }
+    let backend = backend_of(store, xenbus_path)?;
+    doubt::check(store, backend, &path, access).map_err(|text| Failure { text, status: "error" })?;
     let path = path.into_os_string().into_string();
     let path = path.map_err(|_| Failure { text: format!("{params}: not UTF-8"), status: "error" })?;
     store.transaction(|tx| {
@@ -107,10 +107,21 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The domain whose backend's directory this is: /local/domain/B/backend/...
-fn backend_of(xenbus_path: &str) -> Option<DomId> {
-    let rest = xenbus_path.trim_start_matches('/').strip_prefix("local/domain/")?;
-    rest.split_once("/backend/")?.0.parse().ok()
+/// The domain whose backend's directory this is: /local/domain/B/backend/..., or backend/... in this domain's own home.
+fn backend_of(store: &Client, xenbus_path: &str) -> Result<DomId, Failure> {
+    let (text, from) = match xenbus_path.strip_prefix('/') {
+        None => (Some(store.read_str("domid")?), "the key domid"),
+        Some(path) => {
+            let domain = path.strip_prefix("local/domain/").and_then(|rest| rest.split_once("/backend/"));
+            (domain.map(|(domain, _)| domain.to_owned()), "XENBUS_PATH")
+        }
+    };
+    text.and_then(|text| text.trim().parse().ok()).ok_or_else(|| Failure {
+        text: format!(
+            "{xenbus_path}: {from} does not say which domain's disk this is; libxl gives backend/vbd/DOMID/VDEV"
+        ),
+        status: "error",
+    })
 }
 
 #[cfg(test)]
@@ -138,41 +149,59 @@ mod tests {
         assert_eq!(path("vg/disk"), Path::new("/dev/vg/disk"));
     }
 
+    /// xl gives a path that is relative to this domain's home; our own attach, and older tools, an absolute one.
     #[test]
     fn add_says_whether_the_disk_can_be_had() {
-        use xenstore_client::DomId;
         use xenstore_client::server::Server;
 
         let server = Server::new().unwrap();
         let store = server.connect(DomId::DOM0).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("disk.img");
-        std::fs::File::create(&image).unwrap().set_len(4096).unwrap();
-        let back = "/local/domain/0/backend/vbd/1/51712";
-        let key = |name: &str| store.read_opt(&format!("{back}/{name}")).unwrap();
-        store.write(&format!("{back}/mode"), "w").unwrap();
+        store.write("domid", "0").unwrap();
+        for (number, form) in ["backend/vbd/1/51712", "/local/domain/0/backend/vbd/2/51712"].into_iter().enumerate() {
+            let dir = tempfile::tempdir().unwrap();
+            let image = dir.path().join("disk.img");
+            std::fs::File::create(&image).unwrap().set_len(4096).unwrap();
+            let back = format!("/local/domain/0/backend/vbd/{}/51712", number + 1);
+            let key = |name: &str| store.read_opt(&format!("{back}/{name}")).unwrap();
+            store.write(&format!("{back}/mode"), "w").unwrap();
 
-        store.write(&format!("{back}/params"), "/no/such.img").unwrap();
-        assert!(run(&store, back, Event::Add).unwrap_err().contains("no such file"));
-        assert_eq!(key("hotplug-status").as_deref(), Some("error"));
-        assert!(key("hotplug-error").unwrap().contains("no such file"));
+            store.write(&format!("{back}/params"), "/no/such.img").unwrap();
+            assert!(run(&store, form, Event::Add).unwrap_err().contains("no such file"));
+            assert_eq!(key("hotplug-status").as_deref(), Some("error"));
+            assert!(key("hotplug-error").unwrap().contains("no such file"));
 
-        store.write(&format!("{back}/params"), image.to_str().unwrap()).unwrap();
-        let held = Image::open(&image, Access::Write).unwrap();
-        run(&store, back, Event::Add).unwrap_err();
-        assert_eq!(key("hotplug-status").as_deref(), Some("busy"));
-        drop(held);
+            store.write(&format!("{back}/params"), image.to_str().unwrap()).unwrap();
+            let held = Image::open(&image, Access::Write).unwrap();
+            run(&store, form, Event::Add).unwrap_err();
+            assert_eq!(key("hotplug-status").as_deref(), Some("busy"));
+            drop(held);
 
-        let identity = doubt::identity_of(&std::fs::metadata(&image).unwrap());
-        doubt::note(&store, DomId::DOM0, &identity, &image, "flush failed").unwrap();
-        let error = run(&store, back, Event::Add).unwrap_err();
-        assert!(error.contains("flush failed") && error.contains("blkback checked"), "{error}");
-        assert_eq!(key("hotplug-error"), Some(error));
-        assert!(doubt::checked(&store, DomId::DOM0, &image).unwrap());
+            let identity = doubt::identity_of(&std::fs::metadata(&image).unwrap());
+            doubt::note(&store, DomId::DOM0, &identity, &image, "flush failed").unwrap();
+            let error = run(&store, form, Event::Add).unwrap_err();
+            assert!(error.contains("flush failed") && error.contains("blkback checked"), "{error}");
+            assert_eq!(key("hotplug-error"), Some(error));
+            assert!(doubt::checked(&store, DomId::DOM0, &image).unwrap());
 
-        run(&store, back, Event::Add).unwrap();
-        assert_eq!(key("hotplug-status").as_deref(), Some("connected"));
-        assert_eq!(key("physical-device-path").as_deref(), image.to_str());
-        run(&store, back, Event::Remove).unwrap();
+            run(&store, form, Event::Add).unwrap();
+            assert_eq!(key("hotplug-status").as_deref(), Some("connected"));
+            assert_eq!(key("physical-device-path").as_deref(), image.to_str());
+            run(&store, form, Event::Remove).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_directory_of_nobody_is_refused() {
+        use xenstore_client::server::Server;
+
+        let server = Server::new().unwrap();
+        let store = server.connect(DomId::DOM0).unwrap();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(4096).unwrap();
+        for (key, value) in [("mode", "w"), ("params", image.path().to_str().unwrap())] {
+            store.write(&format!("/tool/backend/vbd/1/51712/{key}"), value).unwrap();
+        }
+        let error = run(&store, "/tool/backend/vbd/1/51712", Event::Add).unwrap_err();
+        assert!(error.contains("which domain's"), "{error}");
     }
 }
