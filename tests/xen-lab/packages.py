@@ -6,6 +6,7 @@ behind a cache or with a local mirror needs no setting.
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import shutil
@@ -91,6 +92,17 @@ def mirror_for(suite: str, sources: list[Source]) -> str | None:
     return None
 
 
+#: The suite this machine's own sources are expected to name; the others are taken from the same mirror, by name.
+HOME_SUITE = "bookworm"
+#: Debian's signing keys of all suites (package debian-archive-keyring); the name's end differs between releases.
+KEYRINGS = [Path("/usr/share/keyrings") / f"debian-archive-keyring.{end}" for end in ("gpg", "pgp")]
+
+
+def mirror_of(suite: str, sources: list[Source]) -> str | None:
+    """Where to ask for a suite: the mirror of its own line, else the one that carries HOME_SUITE (it carries all)."""
+    return mirror_for(suite, sources) or mirror_for(HOME_SUITE, sources)
+
+
 def missing_packages() -> list[str]:
     """Which of HOST_PACKAGES this machine lacks."""
     def there(proof: str) -> bool:
@@ -130,22 +142,92 @@ def ensure_packages(logs: Path) -> None:
 
 def kernel_package(meta: str = "linux-image-amd64", options: list[str] | None = None) -> str:
     """The versioned package behind a meta package (never the cloud flavour: it cannot be a dom0)."""
-    text = subprocess.run(["apt-cache", *(options or []), "depends", meta], capture_output=True, text=True).stdout
-    match = re.search(r"Depends:\s+(linux-image-\d\S+)\s*$", text, re.M)
-    if not match:
+    name = versioned_kernel(_depends(meta, options))
+    if name is None:
         die(f"apt-cache knows no {meta}: run apt-get update, or this is no Debian")
-    assert match
-    return match[1]
+    assert name
+    return name
+
+
+def kernel_packages(meta: str = "linux-image-amd64", options: list[str] | None = None) -> list[str]:
+    """What holds the kernel and its modules. From 7.x on linux-image is empty and depends on packages that do."""
+    image = kernel_package(meta, options)
+    return [image, *kernel_parts(_depends(image, options))]
+
+
+def versioned_kernel(depends: str) -> str | None:
+    """The linux-image with a version in what `apt-cache depends META` printed."""
+    match = re.search(r"Depends:\s+(linux-image-\d\S+)\s*$", depends, re.M)
+    return match[1] if match else None
+
+
+def kernel_parts(depends: str) -> list[str]:
+    """The versioned linux-{base,binary,modules} in what `apt-cache depends linux-image-VERSION` printed."""
+    return re.findall(r"^\s*Depends:\s+(linux-(?:base|binary|modules)-\d\S+)\s*$", depends, re.M)
+
+
+def _depends(name: str, options: list[str] | None) -> str:
+    return subprocess.run(["apt-cache", *(options or []), "depends", name], capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where an unpacked kernel's parts lie; before 7.x vmlinuz is in /boot and modules are below /lib."""
+
+    version: str
+    vmlinuz: Path
+    modules: Path
+
+
+def find_kernel(tree: Path) -> Kernel:
+    """The kernel in a folder that `download` has filled."""
+    for modules in ("usr/lib/modules", "lib/modules"):
+        for folder in sorted((tree / modules).glob("*/kernel")):
+            version = folder.parent.name
+            for vmlinuz in (tree / "boot" / f"vmlinuz-{version}", folder.parent / "vmlinuz"):
+                if vmlinuz.is_file():
+                    return Kernel(version, vmlinuz, folder.parent)
+    raise FileNotFoundError(f"{tree} has no vmlinuz with modules of the same version")
+
+
+def unpack_modules(folder: Path) -> None:
+    """Decompress every .ko.xz below `folder` in place: busybox' insmod takes none. depmod comes after this."""
+    for packed in folder.rglob("*.ko.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+
+
+def other_suite(suite: str, state: Path, log: Path) -> list[str]:
+    """Options that let apt see another Debian suite (trixie, sid) and nothing else, for `kernel_packages` and `download`.
+
+    Sources, lists and cache are in `state`, so the machine's own stay as they are. What the machine's configuration
+    says of proxies and passwords still holds.
+    """
+    mirror = mirror_of(suite, machine_sources())
+    if mirror is None:
+        die(f"no source for {suite} or {HOME_SUITE} main in /etc/apt: Debian {suite}'s packages cannot be had, the lab is NOT run here")
+    keyring = next((path for path in KEYRINGS if path.is_file()), None)
+    if keyring is None:
+        die("Debian's signing keys are not there: apt-get install debian-archive-keyring")
+    options = _own_state(state)
+    (state / "sources.list").write_text(f"deb [signed-by={keyring}] {mirror} {suite} main\n")
+    options += ["-o", f"Dir::Etc::sourcelist={state}/sources.list", "-o", "Dir::Etc::sourceparts=/dev/null",
+                "-o", "Dir::Etc::preferences=/dev/null", "-o", "Dir::Etc::preferencesparts=/dev/null"]
+    quiet(["apt-get", *options, "update"], log, fatal=False)    # as below: a name that is missing says so later
+    return options
+
+
+def _own_state(state: Path) -> list[str]:
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (state / folder).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()
+    return ["-o", f"Dir::State={state}", "-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::State::status={state}/status",
+            "-o", f"Dir::Cache={state}/cache", "-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root"]
 
 
 def foreign(architecture: str, state: Path, log: Path) -> list[str]:
     """Options that let apt see another architecture's packages, with lists of its own: the machine's stay as they are."""
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (state / folder).mkdir(parents=True, exist_ok=True)
-    (state / "status").touch()
-    options = ["-o", "APT::Architectures::=amd64", "-o", f"APT::Architectures::={architecture}",
-               "-o", f"Dir::State={state}", "-o", f"Dir::State::status={state}/status", "-o", f"Dir::Cache={state}/cache",
-               "-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root"]
+    options = ["-o", "APT::Architectures::=amd64", "-o", f"APT::Architectures::={architecture}", *_own_state(state)]
     # A mirror in the middle of its own update makes this fail for one list; what is needed is asked for by name next.
     quiet(["apt-get", *options, "update"], log, fatal=False)
     return options
@@ -164,9 +246,9 @@ def download(names: list[str], into: Path, log: Path, options: list[str] | None 
 
 def debootstrap(suite: str, packages: list[str], into: Path, log: Path) -> None:
     """A minimal Debian with these packages in `into`, from the mirror this machine uses itself."""
-    mirror = mirror_for(suite, machine_sources())
+    mirror = mirror_of(suite, machine_sources())
     if mirror is None:
-        die(f"no source for {suite} main in /etc/apt: the lab needs Debian {suite}'s packages and is NOT run here")
+        die(f"no source for {suite} or {HOME_SUITE} main in /etc/apt: the lab needs Debian {suite}'s packages and is NOT run here")
     if os.geteuid() != 0:
         die("building needs root (debootstrap makes device nodes and chroots)")
     shutil.rmtree(into, ignore_errors=True)

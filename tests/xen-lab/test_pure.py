@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import struct
 import subprocess
 import sys
@@ -46,6 +47,42 @@ class Packages(unittest.TestCase):
                    packages.Source("http://b", ("s1-updates", "s1"), ("main",))]
         self.assertEqual(packages.mirror_for("s1", sources), "http://b")
         self.assertIsNone(packages.mirror_for("s2", sources))
+
+    def test_other_suites_come_from_the_same_mirror(self) -> None:
+        sources = [packages.Source("http://sec", ("bookworm-security",), ("main",)), packages.Source("http://a", ("bookworm",), ("main",)),
+                   packages.Source("http://b", ("s1",), ("main",))]
+        self.assertEqual(packages.mirror_of("s1", sources), "http://b")
+        self.assertEqual(packages.mirror_of("trixie", sources), "http://a")
+        self.assertIsNone(packages.mirror_of("trixie", sources[:1]))
+
+    def test_a_kernel_is_found_behind_its_meta_package(self) -> None:
+        self.assertEqual(packages.versioned_kernel("linux-image-amd64\n  Depends: linux-base-amd64\n  Depends: linux-image-7.2.1+deb14-amd64\n"),
+                         "linux-image-7.2.1+deb14-amd64")
+        self.assertIsNone(packages.versioned_kernel("linux-image-amd64\n  Depends: <linux-image-9>\n"))
+
+    def test_an_empty_linux_image_names_its_parts(self) -> None:
+        text = ("linux-image-7.2.1+deb14-amd64\n  PreDepends: linux-base\n |Depends: dracut\n  Depends: linux-base-7.2.1+deb14-amd64\n"
+                "  Depends: linux-binary-7.2.1+deb14-amd64\n  Depends: linux-modules-7.2.1+deb14-amd64\n  Suggests: linux-doc-7.2\n")
+        self.assertEqual(packages.kernel_parts(text), [f"linux-{part}-7.2.1+deb14-amd64" for part in ("base", "binary", "modules")])
+        self.assertEqual(packages.kernel_parts("linux-image-6.1.0-1-amd64\n  PreDepends: linux-base\n  Depends: kmod\n"), [])
+
+    def test_a_kernel_is_found_in_both_layouts(self) -> None:
+        for vmlinuz, modules in (("boot/vmlinuz-6.1", "lib/modules/6.1"), ("usr/lib/modules/7.2/vmlinuz", "usr/lib/modules/7.2")):
+            with tempfile.TemporaryDirectory() as folder:
+                tree = Path(folder)
+                self.assertRaises(FileNotFoundError, packages.find_kernel, tree)
+                (tree / modules / "kernel").mkdir(parents=True)
+                (tree / vmlinuz).parent.mkdir(parents=True, exist_ok=True)
+                (tree / vmlinuz).touch()
+                found = packages.find_kernel(tree)
+                self.assertEqual((found.vmlinuz, found.modules), (tree / vmlinuz, tree / modules))
+
+    def test_modules_are_unpacked_in_place(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "a").mkdir()
+            (Path(folder) / "a/x.ko.xz").write_bytes(lzma.compress(b"module"))
+            packages.unpack_modules(Path(folder))
+            self.assertEqual([(path.name, path.read_bytes()) for path in (Path(folder) / "a").iterdir()], [("x.ko", b"module")])
 
 
 class Build(unittest.TestCase):
