@@ -68,7 +68,7 @@ def build(cache: Path) -> Images:
     """Bring every image up to date; says at the end whether anything had to be done."""
     images = Images(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    packages.ensure_packages(images.logs)
+    packages.ensure_packages()
 
     kernel_key = recipe.key(recipe.HYPERVISOR_PACKAGE, recipe.SUITE)
     root_key = recipe.key(recipe.SUITE, recipe.DOM0_PACKAGES)
