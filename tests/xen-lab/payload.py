@@ -56,7 +56,7 @@ def programs(path: Path | None) -> dict[str, Path]:
 def make(images: build.Images, binaries: dict[str, Path]) -> Path:
     """Build the payload disk and return it. The layout below /lab is what scenarios rely on:
 
-    boot/vmlinux, boot/guest.cpio, boot/vmlinux-i386, boot/guest-i386.cpio, guest-root.img, bin/busybox (dom0's ping,
+    boot/vmlinux, boot/vmlinuz, boot/guest.cpio, boot/vmlinux-i386, boot/guest-i386.cpio, guest-root.img, bin/busybox (dom0's ping,
     wget and httpd), bin/NAME for each of our programs that is there, dom0/agent.py, dom0/net.py
     """
     image = images.cache / "payload.img"
@@ -70,6 +70,7 @@ def make(images: build.Images, binaries: dict[str, Path]) -> Path:
                 shutil.copy(file, tree / "dom0" / file.name)
         shutil.copy(HERE / "wire.py", tree / "wire.py")
         shutil.copy(images.vmlinux, tree / "boot/vmlinux")
+        shutil.copy(images.vmlinuz, tree / "boot/vmlinuz")      # hvmloader wants a bzImage
         shutil.copy(images.guest / "bin/busybox", tree / "bin/busybox")
         for name, file in binaries.items():
             shutil.copy(file, tree / "bin" / name)

@@ -158,6 +158,7 @@ class Guests(unittest.TestCase):
         self.assertEqual(disk.spec("kernel"), "format=raw,vdev=xvdb,access=ro,target=/dev/loop0")
         self.assertIn("backendtype=qdisk,", disk.spec("qdisk"))
         self.assertEqual([Disk("", f"xvd{letter}").number() for letter in "abp"], [51712, 51728, 51952])
+        self.assertEqual([Disk("", f"hd{letter}").number() for letter in "abcd"], [768, 832, 5632, 5696])
         self.assertRaises(ValueError, Disk("", "xvdq1").number)
 
     def test_config(self) -> None:
@@ -166,6 +167,11 @@ class Guests(unittest.TestCase):
         self.assertIn("lab.blkfront=max_queues=2", text)
         self.assertIn('disk=["format=raw,vdev=xvda,access=rw,target=/i"]', text)
         # As the handbooks write it.
+        text = GuestConfig("g", kind="hvm", emul_unplug="never", disks=[Disk("/i", "hda", prefix="file:")]).text("ours")
+        self.assertIn('disk=["file:/i,hda,w"]', text)
+        self.assertIn('builder="hvm"\n', text)
+        self.assertIn("xen_emul_unplug=never", text)
+        self.assertNotIn("type=", text)
         text = GuestConfig("g", vifs=["mac=00:16:3e:5f:77:fd, bridge=xenbr0", "bridge=xenbr1"]).text("ours")
         self.assertIn("vif=['mac=00:16:3e:5f:77:fd, bridge=xenbr0','bridge=xenbr1']\n", text)
 
