@@ -357,6 +357,29 @@ mod tests {
         assert!(image.notes.iter().any(|note| note.contains("7 bytes")), "{:?}", image.notes);
     }
 
+    /// Anywhere else io_uring answers EAGAIN for ever, if what is below cannot do without waiting.
+    #[test]
+    fn only_files_on_tmpfs_are_nonblocking() {
+        use rustix::fs::{OFlags, fcntl_getfl};
+        let nonblocking = |file: &tempfile::NamedTempFile| {
+            file.as_file().set_len(8192).unwrap();
+            [Access::ReadOnly, Access::Write].map(|access| {
+                let image = Image::open(file.path(), access).unwrap();
+                fcntl_getfl(&image.file).unwrap().contains(OFlags::NONBLOCK)
+            })
+        };
+        let in_memory = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        assert_eq!(nonblocking(&in_memory), [true, true]);
+        // The folder of the program under test, wherever that is built.
+        let folder = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+        let elsewhere = tempfile::NamedTempFile::new_in(&folder).unwrap();
+        if rustix::fs::fstatfs(elsewhere.as_file()).unwrap().f_type == 0x0102_1994 {
+            println!("NOT TESTED: files that are not on tmpfs: {} is on one", folder.display());
+            return;
+        }
+        assert_eq!(nonblocking(&elsewhere), [false, false]);
+    }
+
     #[test]
     fn who_may_open_an_image_with_whom() {
         use Access::{ReadOnly, SharedWrite, Write};

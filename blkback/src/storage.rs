@@ -1,12 +1,17 @@
 //! What a queue needs from the disk under it, and the io_uring that gives it.
 
+mod again;
+
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hypervisor::memory::IoList;
-use ring::uring::{FileSlot, Operation, Uring};
+use ring::uring::{Completion, FileSlot, Operation, Uring};
+use rustix::fs::OFlags;
+
+use again::Again;
 
 use crate::erase::{Erase, Eraser};
 
@@ -74,10 +79,14 @@ pub struct UringStorage {
     ignored: u32,
     wakers: u32,
     continued: u32,
+    /// What the kernel wants to be asked again.
+    again: Again,
+    /// The image, whose flags can be changed.
+    image: OwnedFd,
     /// What io_uring has no operation for.
     eraser: Option<Eraser>,
-    /// Erasures that were asked of an image that cannot erase.
-    refused: Vec<u32>,
+    /// What has ended without the kernel: erasures of an image that cannot erase, operations that are not tried again.
+    ended: Vec<Done>,
 }
 
 /// Tokens of wakers count down from here; requests count up from 0.
@@ -109,12 +118,50 @@ impl UringStorage {
         let files: Vec<_> = std::iter::once(image).chain(wakers.iter().copied()).collect();
         let wakers = wakers.len() as u32;
         let ring = Uring::new(capacity + wakers, &files)?;
-        Ok(Self { ring, rung: 0, armed: 0, ignored: 0, wakers, continued: 0, eraser, refused: Vec::new() })
+        let image = image.try_clone_to_owned()?;
+        Ok(Self {
+            ring,
+            rung: 0,
+            armed: 0,
+            ignored: 0,
+            wakers,
+            continued: 0,
+            again: Again::default(),
+            image,
+            eraser,
+            ended: Vec::new(),
+        })
     }
 
     /// Operations that were short or interrupted and had to be continued.
     pub fn continued(&self) -> u32 {
         self.continued
+    }
+
+    /// The kernel could not do it now. What it cannot do without waiting it says of every operation on a file that is
+    /// O_NONBLOCK: without that flag, which counts from the next submission on, it waits on a thread of its own. Any
+    /// other reason has to pass by itself. The operation is over if it was asked for too often.
+    fn try_again(&mut self, done: Completion<u32>, error: io::Error) -> Option<Done> {
+        let Completion { token, operation, memory, .. } = done;
+        self.continued = self.continued.wrapping_add(1);
+        let nonblocking = rustix::fs::fcntl_getfl(&self.image).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+        if error.raw_os_error() == Some(libc::EAGAIN) && nonblocking && self.wait_in_the_kernel() {
+            self.ring.push(IMAGE, operation, memory, token);
+            return None;
+        }
+        let memory = self.again.keep(operation, memory, token, Instant::now()).err()?;
+        Some(Done { token, memory, result: Err(error) })
+    }
+
+    /// Takes O_NONBLOCK off the image's open file, for all queues.
+    fn wait_in_the_kernel(&self) -> bool {
+        let flags = rustix::fs::fcntl_getfl(&self.image);
+        let cleared = flags.and_then(|flags| rustix::fs::fcntl_setfl(&self.image, flags - OFlags::NONBLOCK));
+        match cleared {
+            Ok(()) => tracing::info!("the storage cannot answer without waiting: O_NONBLOCK is off"),
+            Err(error) => tracing::error!(%error, "cannot switch O_NONBLOCK off"),
+        }
+        cleared.is_ok()
     }
 }
 
@@ -126,7 +173,8 @@ impl Sleep for UringStorage {
                 self.ring.push(FileSlot(1 + waker), Operation::Poll, IoList::default(), WAKER + waker);
             }
         }
-        self.ring.wait(timeout)
+        let next_try = if self.again.is_quiet() { None } else { self.again.until(Instant::now()) };
+        self.ring.wait(timeout.into_iter().chain(next_try).min())
     }
 
     fn ignore(&mut self, index: u32) {
@@ -163,12 +211,21 @@ impl Storage for UringStorage {
     fn erase(&mut self, offset: u64, len: u64, token: u32) {
         match &mut self.eraser {
             Some(eraser) => eraser.ask(offset, len, token),
-            None => self.refused.push(token),
+            None => {
+                let result = Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+                self.ended.push(Done { token, memory: IoList::default(), result });
+            }
         }
     }
 
     #[inline]
     fn submit(&mut self) -> io::Result<()> {
+        if !self.again.is_quiet() {
+            let now = Instant::now();
+            while let Some(due) = self.again.take_due(now) {
+                self.ring.push(IMAGE, due.operation, due.memory, due.token);
+            }
+        }
         self.ring.submit()
     }
 
@@ -177,9 +234,8 @@ impl Storage for UringStorage {
         if let Some((token, result)) = self.eraser.as_mut().and_then(Eraser::take) {
             return Some(Done { token, memory: IoList::default(), result });
         }
-        if let Some(token) = self.refused.pop() {
-            let result = Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-            return Some(Done { token, memory: IoList::default(), result });
+        if let Some(done) = self.ended.pop() {
+            return Some(done);
         }
         loop {
             let mut done = self.ring.reap()?;
@@ -190,20 +246,30 @@ impl Storage for UringStorage {
                 continue;
             }
             let left = done.memory.len();
-            let (moved, interrupted) = match done.result {
-                Ok(moved) => (moved as usize, false),
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => (0, true),
-                Err(error) => return Some(Done { token: done.token, memory: done.memory, result: Err(error) }),
+            let moved = match &mut done.result {
+                Ok(moved) => *moved as usize,
+                Err(error) => {
+                    let error = std::mem::replace(error, io::ErrorKind::Other.into());
+                    if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
+                        return Some(Done { token: done.token, memory: done.memory, result: Err(error) });
+                    }
+                    match self.try_again(done, error) {
+                        Some(failed) => return Some(failed),
+                        None => continue,
+                    }
+                }
             };
+            if !self.again.is_quiet() {
+                self.again.forget(done.token);
+            }
             let operation = match done.operation {
                 // Nothing more to be had: the file is shorter than the disk it was when it was opened.
-                Operation::Read(_) | Operation::Write(_) if left > 0 && moved == 0 && !interrupted => {
+                Operation::Read(_) | Operation::Write(_) if left > 0 && moved == 0 => {
                     let result = Err(io::ErrorKind::UnexpectedEof.into());
                     return Some(Done { token: done.token, memory: done.memory, result });
                 }
-                Operation::Read(offset) if interrupted || moved < left => Operation::Read(offset + moved as u64),
-                Operation::Write(offset) if interrupted || moved < left => Operation::Write(offset + moved as u64),
-                operation if interrupted => operation,
+                Operation::Read(offset) if moved < left => Operation::Read(offset + moved as u64),
+                Operation::Write(offset) if moved < left => Operation::Write(offset + moved as u64),
                 _ => return Some(Done { token: done.token, memory: done.memory, result: Ok(()) }),
             };
             self.continued = self.continued.wrapping_add(1);
@@ -214,8 +280,21 @@ impl Storage for UringStorage {
 
     #[inline]
     fn has_completions(&mut self) -> bool {
-        self.eraser.as_ref().is_some_and(Eraser::has_ended) || !self.refused.is_empty() || self.ring.has_completions()
+        self.eraser.as_ref().is_some_and(Eraser::has_ended)
+            || !self.ended.is_empty()
+            || !self.again.is_quiet() && self.again.until(Instant::now()).is_some_and(|left| left.is_zero())
+            || self.ring.has_completions()
     }
+
+    fn give_up(&mut self) {
+        while let Some(waiting) = self.again.give_up() {
+            self.ended.push(Done { token: waiting.token, memory: waiting.memory, result: Err(again()) });
+        }
+    }
+}
+
+fn again() -> io::Error {
+    io::Error::from_raw_os_error(libc::EAGAIN)
 }
 
 #[cfg(test)]
@@ -248,6 +327,50 @@ mod tests {
         let done = done(&mut storage);
         assert_eq!(done.result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(storage.continued(), 1, "the first kilobyte was read");
+    }
+
+    /// A file that io_uring was told of before it became O_NONBLOCK is what a thin volume is to Linux 6.1: every read is
+    /// answered with EAGAIN, however often it is made. This kernel does so for tmpfs, which does not know "no wait".
+    #[test]
+    fn storage_that_cannot_answer_at_once_is_asked_to_wait() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.write_all_at(&[7; 4096], 0).unwrap();
+        let mut storage = UringStorage::new(file.as_fd(), &[], 4).unwrap();
+        rustix::fs::fcntl_setfl(&file, OFlags::NONBLOCK).unwrap();
+        let memory = Rc::new(Mapping::anonymous(4096).unwrap());
+        let mut list = IoList::default();
+        list.push(&memory, 0, 4096);
+        storage.read(0, list, 1);
+        done(&mut storage).result.unwrap();
+        if storage.continued() == 0 {
+            println!("NOT TESTED: EAGAIN from storage: this kernel reads a file on tmpfs at once");
+            return;
+        }
+        assert_eq!(storage.continued(), 1);
+        assert!(!rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK));
+        storage.flush(2);
+        done(&mut storage).result.unwrap();
+        assert_eq!(storage.continued(), 1, "once is enough");
+    }
+
+    #[test]
+    fn what_waits_for_another_try_ends_with_the_queue() {
+        let file = tempfile::tempfile().unwrap();
+        let mut storage = UringStorage::new(file.as_fd(), &[], 4).unwrap();
+        let busy =
+            |token| Completion { token, operation: Operation::Datasync, memory: IoList::default(), result: Ok(0) };
+        assert!(storage.try_again(busy(3), again()).is_none());
+        storage.give_up();
+        assert!(storage.has_completions());
+        let done = storage.next().unwrap();
+        assert_eq!((done.token, done.result.unwrap_err().raw_os_error()), (3, Some(libc::EAGAIN)));
+        // One whose time has come is made again.
+        assert!(storage.try_again(busy(4), again()).is_none());
+        storage.wait(None).unwrap();
+        assert!(storage.has_completions());
+        storage.submit().unwrap();
+        assert_eq!(self::done(&mut storage).token, 4);
+        assert!(storage.again.is_quiet());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use rustix::fs::{OFlags, StatxFlags};
 
 use super::Image;
+use super::claim::status_flags;
 use super::problem::Problem;
 use crate::abi::SECTOR;
 use crate::spec::Access;
@@ -48,7 +49,7 @@ impl Image {
         let fits = self
             .direct_io_units()
             .is_none_or(|(offset, memory)| (1..=unit).contains(&offset) && (1..=SECTOR as u32).contains(&memory));
-        let plain = OFlags::NONBLOCK;
+        let plain = status_flags(&self.file);
         if !fits || rustix::fs::fcntl_setfl(&self.file, plain | OFlags::DIRECT).is_err() {
             return false;
         }
