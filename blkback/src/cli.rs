@@ -154,7 +154,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             let signals = StopSignals::block()?;
             let xen = join()?;
             let _claim = cli.machine.claim("blkback")?;
-            run_server(xen, serve, signals)
+            run_server(xen, serve, &signals)
         }
         Command::Attach { domain, disk, wait } => {
             let words: Vec<&str> = disk.iter().map(String::as_str).collect();
@@ -256,7 +256,7 @@ fn change(xen: &dyn Backend, domain: &str, vdev: &str, image: Option<&str>) -> R
     Ok(drive::change(&store, xen.domid(), frontend, vdev, image)?)
 }
 
-fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: StopSignals) -> Result<(), Failure> {
+fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Result<(), Failure> {
     let mut limits = Limits {
         ring_page_order: serve.ring_order,
         indirect_segments: serve.indirect,
@@ -269,7 +269,7 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: StopSignals) -> Resu
     limits.queues = serve.queues.unwrap_or(limits.queues);
     let domid = xen.domid();
     let store = xen.store()?;
-    let stop = signals.stop_handle()?;
+    let stop = signals.stop_handle();
     let config = Config { limits, cpus: serve.cpus };
     let drivers = KINDS
         .map(|name| {

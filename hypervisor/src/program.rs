@@ -6,13 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
-use xenstore_client::DomId;
 use xenstore_client::xenbus::{Device, Driver, Kind, StopHandle};
+use xenstore_client::{DomId, abandon_silent};
 
 use crate::{Backend, Claim, Machine};
 
 /// How long a server that was told to stop may take before the next one gives up on it.
 const PREDECESSOR: Duration = Duration::from_secs(10);
+
+/// How long a request to XenStore may wait for its answer once this process was told to stop.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// A sentence for whoever typed the command.
 pub type Failure = Box<dyn std::error::Error>;
@@ -95,34 +98,45 @@ pub fn log_to_stderr(level: &str) {
 
 /// SIGTERM and SIGINT, which end a service in order.
 #[derive(Debug)]
-pub struct StopSignals(SigSet);
+pub struct StopSignals(StopHandle);
 
 impl StopSignals {
-    /// Blocks them. To be called before the first thread starts, so that all inherit the block and only one waits.
+    /// Blocks them, and has a thread of its own wait for them. To be called before any other thread starts, so that all
+    /// inherit the block and only one waits.
+    ///
+    /// From the first of these signals on, a XenStore that does not answer for 10 s is given up: whoever waits for it
+    /// gets an error. So a server ends whatever it waits for, while it starts, serves or stops.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses, or there can be no further thread or eventfd.
     pub fn block() -> Result<Self, Failure> {
         let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
         signals.thread_block()?;
-        Ok(Self(signals))
-    }
-
-    /// A handle that is stopped when one of them comes.
-    ///
-    /// # Errors
-    /// When there can be no further thread or eventfd.
-    pub fn stop_handle(self) -> Result<StopHandle, Failure> {
         let stop = StopHandle::new()?;
         let told = stop.clone();
-        std::thread::Builder::new().name("signals".into()).spawn(move || match self.0.wait() {
+        std::thread::Builder::new().name("signals".into()).spawn(move || match signals.wait() {
             Ok(signal) => {
                 tracing::info!(%signal, "stopping");
                 told.stop();
+                leave_silent_stores();
             }
             Err(error) => tracing::error!(%error, "cannot wait for signals"),
         })?;
-        Ok(stop)
+        Ok(Self(stop))
+    }
+
+    /// A handle that is stopped when one of them comes.
+    #[must_use]
+    pub fn stop_handle(&self) -> StopHandle {
+        self.0.clone()
+    }
+}
+
+/// Until the process ends.
+fn leave_silent_stores() -> ! {
+    loop {
+        abandon_silent(SILENCE);
+        std::thread::sleep(Duration::from_millis(250));
     }
 }
 

@@ -95,7 +95,7 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             preflight::check(cli.machine.machine()? == Machine::Xen)?;
             let xen = cli.machine.join()?;
             let _claim = cli.machine.claim("netback")?;
-            run_server(xen, serve, signals)
+            run_server(xen, serve, &signals)
         }
         Command::Attach { domain, vif, wait } => {
             let words: Vec<&str> = vif.iter().map(String::as_str).collect();
@@ -145,11 +145,11 @@ fn hotplug(store: &Client, call: Call<'_>) -> Result<(), String> {
     vif::hotplug(store, call.backend_path, call.script, event, call.vif).map_err(|error| error.to_string())
 }
 
-fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: StopSignals) -> Result<(), Failure> {
+fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Result<(), Failure> {
     let defaults = Config::default();
     let config = Config { queues: serve.queues.unwrap_or(defaults.queues), cpus: serve.cpus, ..defaults };
     let (domid, store) = (xen.domid(), xen.store()?);
-    let stop = signals.stop_handle()?;
+    let stop = signals.stop_handle();
     let driver = Driver::new(store, domid, VifKind::new(xen, config))?;
     println!("netback: serving {}/backend/vif", domid.home());
     program::serve(vec![driver], &stop)

@@ -150,19 +150,39 @@ impl Process {
         self.child.id()
     }
 
-    /// Sends a signal and waits for the end.
-    pub fn signal(&mut self, signal: nix::sys::signal::Signal) {
+    /// Sends a signal.
+    pub fn send(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
         // It may have ended by itself.
         let _ = nix::sys::signal::kill(pid, signal);
+    }
+
+    /// Sends a signal and waits for the end.
+    pub fn signal(&mut self, signal: nix::sys::signal::Signal) {
+        self.send(signal);
+        self.wait();
+    }
+
+    /// Waits for the end, which is made to come if it takes too long.
+    pub fn wait(&mut self) -> Option<std::process::ExitStatus> {
         let began = Instant::now();
-        while matches!(self.child.try_wait(), Ok(None)) {
+        loop {
+            match self.child.try_wait() {
+                Ok(None) => {}
+                Ok(status) => return status,
+                Err(_) => return None,
+            }
             if began.elapsed() > PATIENCE {
                 eprintln!("{} does not stop; killed", self.name);
                 let _ = self.child.kill();
             }
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// What it has said on standard error. To be called once, after its end.
+    pub fn log(&mut self) -> String {
+        self.log.take().and_then(|log| log.join().ok()).unwrap_or_default()
     }
 
     /// Stops it in order and returns its log.
@@ -172,7 +192,7 @@ impl Process {
 
     fn end(&mut self) -> String {
         self.signal(nix::sys::signal::Signal::SIGTERM);
-        self.log.take().and_then(|log| log.join().ok()).unwrap_or_default()
+        self.log()
     }
 }
 

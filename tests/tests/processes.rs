@@ -80,6 +80,25 @@ fn blkback_stops_in_order() {
     guest.process.expect("is connected");
 }
 
+/// A XenStore that hangs keeps nobody: a server that is told to stop asks it a last thing, waits ten seconds, says so and
+/// fails.
+#[test]
+fn a_server_ends_though_its_store_is_stuck() {
+    let mut dom0 = Dom0::start();
+    let hypervisor = dom0.hypervisor();
+    let mut netback = system_tests::Process::start("netback", ["serve", "--hypervisor", &hypervisor]);
+    netback.expect("serving");
+    dom0.emu_xen.send(Signal::SIGSTOP);
+    for server in [&mut dom0.blkback, &mut netback] {
+        server.send(Signal::SIGTERM);
+        let status = server.wait();
+        assert_eq!(status.and_then(|status| status.code()), Some(1), "{status:?}");
+        let log = server.log();
+        assert!(log.contains("XenStore did not answer") && log.contains("connection to xenstore is closed"), "{log}");
+    }
+    dom0.emu_xen.send(Signal::SIGCONT);
+}
+
 /// Two that answer the same rings would be the end of the guests' data.
 #[test]
 fn a_second_blkback_is_refused() {

@@ -19,7 +19,7 @@ mod wake;
 pub mod wire;
 pub mod xenbus;
 
-pub use client::{Client, Transaction, WatchEvent, Watcher};
+pub use client::{Client, Transaction, WatchEvent, Watcher, abandon_silent};
 pub use domid::DomId;
 pub use error::{Error, Result};
 pub use log_gate::LogGate;

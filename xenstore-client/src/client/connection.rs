@@ -8,11 +8,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::queue::Queue;
+use super::silent;
 use crate::wake::Wake;
 use crate::wire::{Decoded, Decoder, ErrorCode, HEADER_LEN, MessageType, PAYLOAD_MAX, Packet};
 use crate::{Error, Result};
@@ -22,9 +24,14 @@ use crate::{Error, Result};
 pub(super) enum Link {
     /// A stream to a xenstored.
     Socket(UnixStream),
-    /// `/dev/xen/xenbus` (Linux `xenbus_dev_frontend.c`). It differs from a socket in three ways: a request has to be
+    /// `/dev/xen/xenbus` (Linux `xenbus_dev_frontend.c`). It differs from a socket in four ways: a request has to be
     /// handed over in one write of at most 4096 bytes, header included; the kernel may refuse the write itself with
-    /// an errno; and its own answers to WATCH and UNWATCH carry request number 0.
+    /// an errno; its own answers to WATCH and UNWATCH carry request number 0 on old kernels; and **there may be one
+    /// request at a time**, because an open file has one buffer and one mutex for requests. The kernel sends the body
+    /// of a request from that buffer after the write has returned: a second write in between changes the first
+    /// request, which the store then refuses (EINVAL) or, worse, carries out. And a WATCH waits for its reply inside of
+    /// the write, holding that mutex, which the kernel's only thread for XenStore wants for the reply of the request
+    /// before: nobody in the whole domain gets an answer from XenStore any more.
     Device(File),
 }
 
@@ -40,9 +47,8 @@ impl AsFd for Link {
 #[derive(Debug)]
 pub(super) struct Connection {
     link: Arc<Link>,
-    writing: Mutex<()>,
-    // One WATCH or UNWATCH at a time: the device's answers to them cannot be told apart by number.
-    watching: Mutex<()>,
+    /// Held over the write of a request; on the device until its reply is there.
+    turn: Mutex<()>,
     shared: Arc<Shared>,
     next_request: AtomicU32,
     next_watcher: AtomicU64,
@@ -59,8 +65,17 @@ pub(super) struct Shared {
 
 #[derive(Debug, Default)]
 struct Live {
-    waiting: HashMap<u32, (MessageType, Sender<Packet>)>,
+    waiting: HashMap<u32, Waiting>,
     queues: HashMap<u64, Arc<Queue>>,
+}
+
+/// A request without its reply.
+#[derive(Debug)]
+struct Waiting {
+    kind: MessageType,
+    path: String,
+    since: Instant,
+    reply: Sender<Packet>,
 }
 
 /// A poisoned lock only means that a caller panicked between two whole updates; the data is as good as before.
@@ -84,10 +99,10 @@ impl Connection {
             })
         };
         let reader = Some(reader.map_err(|e| Error::io("reader thread", e))?);
+        silent::note(&link, &shared);
         Ok(Self {
             link,
-            writing: Mutex::new(()),
-            watching: Mutex::new(()),
+            turn: Mutex::new(()),
             shared,
             next_request: AtomicU32::new(1),
             next_watcher: AtomicU64::new(1),
@@ -115,7 +130,6 @@ impl Connection {
 
     /// Sends one request and waits for its reply.
     pub(super) fn request(&self, kind: MessageType, tx_id: u32, path: &str, payload: &[&[u8]]) -> Result<Vec<u8>> {
-        let _turn = matches!(kind, MessageType::Watch | MessageType::Unwatch).then(|| lock(&self.watching));
         let payload = payload.concat();
         let most = match *self.link {
             Link::Socket(_) => PAYLOAD_MAX,
@@ -125,9 +139,17 @@ impl Connection {
         if payload.len() > most {
             return Err(too_long());
         }
-        let (req_id, reply) = self.expect_reply(kind)?;
+        let turn = lock(&self.turn);
+        let (req_id, reply) = self.expect_reply(kind, path)?;
         let packet = Packet { kind, req_id, tx_id, payload };
         self.send(&packet.encode().ok_or_else(too_long)?, &packet, path)?;
+        let _until_answered = match *self.link {
+            Link::Socket(_) => {
+                drop(turn);
+                None
+            }
+            Link::Device(_) => Some(turn),
+        };
         let reply = reply.recv().map_err(|_| Error::Disconnected)?;
         match reply.kind {
             got if got == kind => Ok(reply.payload),
@@ -140,7 +162,7 @@ impl Connection {
         }
     }
 
-    fn expect_reply(&self, kind: MessageType) -> Result<(u32, Receiver<Packet>)> {
+    fn expect_reply(&self, kind: MessageType, path: &str) -> Result<(u32, Receiver<Packet>)> {
         let (sender, receiver) = bounded(1);
         let mut live = lock(&self.shared.live);
         let waiting = &mut live.as_mut().ok_or(Error::Disconnected)?.waiting;
@@ -148,14 +170,14 @@ impl Connection {
             // Zero is what watch events carry; and after 2^32 requests a patient one may still hold a number.
             let req_id = self.next_request.fetch_add(1, Ordering::Relaxed);
             if req_id != 0 && !waiting.contains_key(&req_id) {
-                waiting.insert(req_id, (kind, sender));
+                waiting.insert(req_id, Waiting { kind, path: path.to_owned(), since: Instant::now(), reply: sender });
                 return Ok((req_id, receiver));
             }
         }
     }
 
+    /// Writes a request; the caller has the turn.
     fn send(&self, bytes: &[u8], packet: &Packet, path: &str) -> Result<()> {
-        let _turn = lock(&self.writing);
         match &*self.link {
             Link::Socket(stream) => (&*stream).write_all(bytes).map_err(|error| {
                 // Part of a message may have been sent: nothing that follows could be understood.
@@ -201,13 +223,20 @@ impl Drop for Connection {
 
 impl Shared {
     /// Lets every waiting caller and every watcher know that the connection is gone.
-    fn die(&self) {
+    pub(super) fn die(&self) {
         // Dropping the senders is what wakes the callers.
         if let Some(live) = lock(&self.live).take() {
             for queue in live.queues.values() {
                 queue.die();
             }
         }
+    }
+
+    /// The request that has waited longest, and since when.
+    pub(super) fn oldest(&self) -> Option<(Instant, String)> {
+        let live = lock(&self.live);
+        let oldest = live.as_ref()?.waiting.values().min_by_key(|waiting| waiting.since)?;
+        Some((oldest.since, format!("{} {:?}", oldest.kind, oldest.path)))
     }
 
     pub(super) fn forget_watches(&self) {
@@ -236,12 +265,12 @@ impl Shared {
         }
         let mut req_id = packet.req_id;
         if req_id == 0 && matches!(packet.kind, MessageType::Watch | MessageType::Unwatch) {
-            let only = live.waiting.iter().find(|(_, (kind, _))| *kind == packet.kind);
+            let only = live.waiting.iter().find(|(_, waiting)| waiting.kind == packet.kind);
             req_id = only.map_or(0, |(id, _)| *id);
         }
-        let (_, sender) = live.waiting.remove(&req_id).ok_or("a reply to a request that was not made")?;
+        let waiting = live.waiting.remove(&req_id).ok_or("a reply to a request that was not made")?;
         // The caller cannot have left: it waits without a limit.
-        sender.send(packet).map_err(|_| "nobody waits for the reply")
+        waiting.reply.send(packet).map_err(|_| "nobody waits for the reply")
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod connection;
 mod queue;
+mod silent;
 mod transaction;
 mod watcher;
 
@@ -14,11 +15,12 @@ use crate::{DomId, Error, Result, Store};
 use connection::{Connection, Link};
 
 pub use queue::WatchEvent;
+pub use silent::abandon_silent;
 pub use transaction::Transaction;
 pub use watcher::Watcher;
 
-/// A connection to the store. Clones share it; every method may be called from every thread, and many requests may be
-/// under way at once. It closes when the last clone and the last [`Watcher`] are gone.
+/// A connection to the store. Clones share it; every method may be called from every thread. Over a socket many requests
+/// may be under way at once; over the kernel's device one at a time, the others wait for their turn. It closes when the last clone and the last [`Watcher`] are gone.
 ///
 /// When the connection breaks, every pending and later call returns [`Error::Disconnected`] and every watcher's fd
 /// becomes readable. Nothing is ever reconnected in silence.
@@ -49,6 +51,14 @@ impl Client {
             .write(true)
             .open(path)
             .map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+        Self::from_device(file)
+    }
+
+    /// Speaks over the kernel's device, which is open already for reading and writing.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the reader thread or its eventfd cannot be made.
+    pub fn from_device(file: std::fs::File) -> Result<Self> {
         Self::from_link(Link::Device(file))
     }
 

@@ -123,10 +123,14 @@ impl<K: Kind> Driver<K> {
         self.watcher.add(&self.base, "backend")?;
         let result = self.serve(stop);
         match self.watcher.remove(&self.base, "backend") {
-            Ok(()) | Err(Error::Disconnected) => {}
-            Err(error) => tracing::warn!("{error}"),
+            // Everything is in order here, but nobody can know in the store.
+            Err(Error::Disconnected) => result.and(Err(Error::Disconnected)),
+            Err(error) => {
+                tracing::warn!("{error}");
+                result
+            }
+            Ok(()) => result,
         }
-        result
     }
 
     fn serve(&mut self, stop: &StopHandle) -> Result<()> {
