@@ -190,6 +190,16 @@ pub struct Fdb {
     pub mac: Mac,
     /// The VLAN it is in, with VLAN filtering.
     pub vlan: Option<u16>,
+    /// Whether it stays at this port when its station is heard at another one that learns.
+    #[serde(default)]
+    pub sticky: bool,
+}
+
+impl Fdb {
+    /// Whether both are about one station, wherever it is: a bridge has one entry for it (in each VLAN).
+    pub fn same_place(&self, other: &Self) -> bool {
+        self.mac == other.mac && self.vlan == other.vlan
+    }
 }
 
 /// A VLAN that a bridge lets through at a port.

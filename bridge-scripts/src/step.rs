@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::nft;
-use crate::state::{Address, BridgeVlan, Fdb, Kind, Mac, Neighbour, PortFlags, Route, State};
+use crate::state::{Address, BridgeVlan, Fdb, Kind, LinkState, Mac, Neighbour, PortFlags, Route, State};
 
 /// One change. Links are named as they are called at that point of the plan.
 ///
@@ -124,6 +124,13 @@ pub enum Step {
         /// The flags.
         flags: PortFlags,
     },
+    /// Which port of the same bridge gets a port's frames while it has no carrier.
+    BackupPort {
+        /// The port.
+        link: String,
+        /// The one that stands in for it; none for no such port.
+        backup: Option<String>,
+    },
     /// Let a VLAN through at a port.
     AddBridgeVlan(BridgeVlan),
     /// Let it through no more.
@@ -189,6 +196,9 @@ impl Step {
                     if let Some(flags) = was.port.filter(|flags| *flags != PortFlags::default()) {
                         undo.push(Self::PortFlags { link: name.clone(), flags });
                     }
+                    if was.master.is_some() {
+                        undo.extend(Self::backups_of(name, before));
+                    }
                     undo
                 }
                 _ => Vec::new(),
@@ -233,6 +243,12 @@ impl Step {
                 Some(was) if was != *flags => vec![Self::PortFlags { link: name.clone(), flags: was }],
                 _ => Vec::new(),
             },
+            Self::BackupPort { link: name, backup } => match link(name) {
+                Some(was) if was.backup != *backup => {
+                    vec![Self::BackupPort { link: name.clone(), backup: was.backup.clone() }]
+                }
+                _ => Vec::new(),
+            },
             Self::AddBridgeVlan(new) => match before.vlans.iter().find(|had| had.dev == new.dev && had.id == new.id) {
                 Some(had) if had == new => Vec::new(),
                 Some(had) => vec![Self::AddBridgeVlan(had.clone())],
@@ -244,7 +260,11 @@ impl Step {
                 None => Vec::new(),
             },
             Self::AddFdb(new) if before.fdb.contains(new) => Vec::new(),
-            Self::AddFdb(new) => vec![Self::RemoveFdb(new.clone())],
+            // A station is behind one port, and adding an entry moves it there.
+            Self::AddFdb(new) => match before.fdb.iter().find(|had| had.same_place(new)) {
+                Some(had) => vec![Self::AddFdb(had.clone())],
+                None => vec![Self::RemoveFdb(new.clone())],
+            },
             Self::RemoveFdb(old) => present(&before.fdb, old, Self::AddFdb),
             Self::Sysctl { path, value } => match before.sysctls.get(path) {
                 Some(was) if was != value => {
@@ -263,6 +283,15 @@ impl Step {
                 vec![Self::Record { name: name.clone(), content: before.records.get(name).cloned() }]
             }
         }
+    }
+
+    /// What a port's bridge forgets when it leaves: who stands in for it, and for whom it stands in.
+    fn backups_of(name: &str, before: &State) -> Vec<Self> {
+        let concerned = |(port, link): &(&String, &LinkState)| {
+            link.backup.is_some() && (*port == name || link.backup.as_deref() == Some(name))
+        };
+        let links = before.links.iter().filter(concerned);
+        links.map(|(port, link)| Self::BackupPort { link: port.clone(), backup: link.backup.clone() }).collect()
     }
 
     fn undo_delete(&self, name: &str, before: &State) -> Vec<Self> {
@@ -371,6 +400,10 @@ impl fmt::Display for Step {
             Self::AddNeighbour(neighbour) => write!(f, "add {neighbour}"),
             Self::RemoveNeighbour(neighbour) => write!(f, "remove {neighbour}"),
             Self::PortFlags { link, flags } => write!(f, "port {link}: {flags}"),
+            Self::BackupPort { link, backup: Some(backup) } => {
+                write!(f, "send the frames for {link} to {backup} while it has no carrier")
+            }
+            Self::BackupPort { link, backup: None } => write!(f, "let no other port stand in for {link}"),
             Self::AddBridgeVlan(vlan) => write!(f, "let {vlan}"),
             Self::RemoveBridgeVlan(vlan) => write!(f, "no longer let {vlan}"),
             Self::AddFdb(entry) => write!(f, "add {entry}"),

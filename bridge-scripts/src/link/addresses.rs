@@ -31,6 +31,7 @@ pub(super) const NTF_MASTER: u8 = 0x04;
 pub(super) const NTF_PROXY: u8 = 0x08;
 const NTF_SELF: u8 = 0x02;
 const NTF_EXT_LEARNED: u8 = 0x10;
+pub(super) const NTF_STICKY: u8 = 0x40;
 pub(super) const NUD_NOARP: u16 = 0x40;
 pub(super) const NUD_PERMANENT: u16 = 0x80;
 
@@ -150,7 +151,7 @@ pub(super) fn parse_fdb(body: &[u8]) -> Option<(u32, Fdb)> {
             _ => (),
         }
     }
-    Some((index, Fdb { dev: String::new(), mac: mac?, vlan }))
+    Some((index, Fdb { dev: String::new(), mac: mac?, vlan, sticky: flags & NTF_STICKY != 0 }))
 }
 
 /// An AF_BRIDGE RTM_NEWLINK's port index and VLANs.

@@ -7,11 +7,11 @@ use std::path::Path;
 
 use super::addresses::{
     BRIDGE_FLAGS, BRIDGE_FLAGS_SELF, BRIDGE_VLAN_INFO, NDA_LLADDR, NDA_VLAN, NO_DUPLICATE_DETECTION, NTF_MASTER,
-    NUD_NOARP, VLAN_PVID, VLAN_UNTAGGED, address_message, neighbour_message,
+    NTF_STICKY, NUD_NOARP, VLAN_PVID, VLAN_UNTAGGED, address_message, neighbour_message,
 };
 use super::links::{
-    BRIDGE_FORWARD_DELAY, BRIDGE_STP_STATE, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_IFNAME, IFLA_LINK, IFLA_LINKINFO,
-    IFLA_MASTER, IFLA_MTU, IFLA_PROTINFO, INFO_DATA, INFO_KIND, PORT_FLAGS, VLAN_ID, flag_values,
+    BACKUP_PORT, BRIDGE_FORWARD_DELAY, BRIDGE_STP_STATE, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_IFNAME, IFLA_LINK,
+    IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_PROTINFO, INFO_DATA, INFO_KIND, PORT_FLAGS, VLAN_ID, flag_values,
 };
 use super::wire::{Message, link_header, neighbour_header};
 use super::{Error, Link, routes};
@@ -115,6 +115,15 @@ impl Link {
                     for (kind, on) in PORT_FLAGS.into_iter().zip(flag_values(flags)) {
                         port.u8(kind, u8::from(on));
                     }
+                });
+                self.change(message)
+            }
+            Step::BackupPort { link, backup } => {
+                let index = self.index(link)?;
+                let backup = backup.as_ref().map_or(Ok(0), |backup| self.index(backup))?;
+                let mut message = Message::new(libc::RTM_SETLINK, ACK, &link_header(AF_BRIDGE, index, 0, 0));
+                message.nest(IFLA_PROTINFO, |port| {
+                    port.u32(BACKUP_PORT, backup);
                 });
                 self.change(message)
             }
@@ -288,7 +297,8 @@ impl Link {
 
     fn fdb(&mut self, kind: u16, flags: i32, entry: &Fdb) -> Result<(), Error> {
         let index = self.index(&entry.dev)?;
-        let fixed = neighbour_header(AF_BRIDGE, index, NUD_NOARP, NTF_MASTER);
+        let sticky = if entry.sticky { NTF_STICKY } else { 0 };
+        let fixed = neighbour_header(AF_BRIDGE, index, NUD_NOARP, NTF_MASTER | sticky);
         let mut message = Message::new(kind, flags, &fixed);
         message.attr(NDA_LLADDR, &entry.mac.0);
         if let Some(vlan) = entry.vlan {
@@ -329,7 +339,7 @@ fn is_so_already(error: &Error, step: &Step) -> bool {
         | Step::SetMtu { .. }
         | Step::SetArp { .. }
         | Step::SetMaster { master: None, .. } => gone,
-        Step::PortFlags { .. } => gone || error.errno() == Some(libc::EOPNOTSUPP),
+        Step::PortFlags { .. } | Step::BackupPort { .. } => gone || error.errno() == Some(libc::EOPNOTSUPP),
         Step::Sysctl { .. } => {
             matches!(error, Error::Sysctl { source, .. } if source.kind() == ErrorKind::NotFound)
         }

@@ -80,6 +80,9 @@ impl Link {
         if let Some(master) = told.master {
             link.master = self.name(master)?;
         }
+        if let Some(backup) = told.backup {
+            link.backup = self.name(backup)?;
+        }
         if let Some(below) = told.below {
             match &mut link.kind {
                 Kind::Vlan { link, .. } => *link = self.name(below)?.unwrap_or_default(),

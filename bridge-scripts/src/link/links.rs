@@ -29,6 +29,7 @@ const SETTINGS: [std::ops::RangeInclusive<u16>; 4] = [1..=9, 22..=39, 41..=45, 4
 
 /// The port flags we set, in the order of [`flag_values`] (IFLA_BRPORT_*).
 pub(super) const PORT_FLAGS: [u16; 9] = [33, 5, 6, 8, 9, 27, 30, 39, 4];
+pub(super) const BACKUP_PORT: u16 = 34;
 
 /// The flags' values in the order of [`PORT_FLAGS`].
 pub(super) fn flag_values(flags: &PortFlags) -> [bool; 9] {
@@ -53,6 +54,8 @@ pub(super) struct Told {
     pub(super) master: Option<u32>,
     /// The link below a VLAN, or a veth's peer in the same namespace.
     pub(super) below: Option<u32>,
+    /// The port that stands in for this one.
+    pub(super) backup: Option<u32>,
 }
 
 /// Takes an RTM_NEWLINK's body apart.
@@ -64,7 +67,7 @@ pub(super) fn parse(body: &[u8]) -> Option<Told> {
     state.arp = !has(libc::IFF_NOARP);
     state.running = has(libc::IFF_RUNNING) && has(libc::IFF_UP);
     state.loopback = has(libc::IFF_LOOPBACK);
-    let mut told = Told { index: u32_at(body, 4), name: String::new(), state, master: None, below: None };
+    let mut told = Told { index: u32_at(body, 4), name: String::new(), state, master: None, below: None, backup: None };
     let (mut elsewhere, mut info) = (false, None);
     for (kind, value) in attrs(body.get(16..)?) {
         match kind & !NLA_F_NESTED {
@@ -83,12 +86,13 @@ pub(super) fn parse(body: &[u8]) -> Option<Told> {
         told.below = None;
     }
     if let Some(info) = info {
-        link_info(info, &mut told.state);
+        told.backup = link_info(info, &mut told.state);
     }
     Some(told)
 }
 
-fn link_info(info: &[u8], state: &mut LinkState) {
+/// Fills in what kind of link it is and how its bridge treats it; the index of its backup port.
+fn link_info(info: &[u8], state: &mut LinkState) -> Option<u32> {
     let (mut name, mut data, mut slave, mut slave_data) = (String::new(), &[][..], String::new(), &[][..]);
     for (kind, value) in attrs(info) {
         match kind & !NLA_F_NESTED {
@@ -117,6 +121,7 @@ fn link_info(info: &[u8], state: &mut LinkState) {
         "tun" => Kind::Tun,
         other => Kind::Other(other.to_owned()),
     };
+    let mut backup = None;
     if slave == "bridge" {
         let mut flags = PortFlags::default();
         for (kind, value) in attrs(slave_data) {
@@ -131,9 +136,11 @@ fn link_info(info: &[u8], state: &mut LinkState) {
                 30 => flags.broadcast_flood = on,
                 39 => flags.locked = on,
                 4 => flags.hairpin = on,
+                BACKUP_PORT => backup = Some(u32_at(value, 0)).filter(|index| *index != 0),
                 _ => (),
             }
         }
         state.port = Some(flags);
     }
+    backup
 }

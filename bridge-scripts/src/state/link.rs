@@ -165,6 +165,9 @@ pub struct LinkState {
     pub master: Option<String>,
     /// Its flags as a port, where its master is a bridge.
     pub port: Option<PortFlags>,
+    /// The port of the same bridge that gets its frames while it has no carrier (IFLA_BRPORT_BACKUP_PORT).
+    #[serde(default)]
+    pub backup: Option<String>,
 }
 
 impl LinkState {
@@ -182,6 +185,7 @@ impl LinkState {
             wireless: false,
             master: None,
             port: None,
+            backup: None,
         }
     }
 

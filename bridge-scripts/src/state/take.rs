@@ -73,8 +73,12 @@ impl State {
                     if link.master != *master {
                         link.master.clone_from(master);
                         link.port = bridge.then(PortFlags::default);
+                        link.backup = None;
                     }
                 });
+                let name = link;
+                let stands_in = |link: &&mut LinkState| link.backup.as_ref() == Some(name) && link.master != *master;
+                self.links.values_mut().filter(stands_in).for_each(|link| link.backup = None);
             }
             Step::SetArp { link, arp } => self.change(link, |link| link.arp = *arp),
             Step::VlanFiltering { bridge, on } => self.change(bridge, |link| {
@@ -102,15 +106,15 @@ impl State {
                     .retain(|had| had.dev != old.dev || had.address != old.address || had.proxy != old.proxy);
             }
             Step::PortFlags { link, flags } => self.change(link, |link| link.port = Some(*flags)),
+            Step::BackupPort { link, backup } => self.change(link, |link| link.backup.clone_from(backup)),
             Step::AddBridgeVlan(new) => {
                 self.vlans.retain(|had| had.dev != new.dev || had.id != new.id);
                 self.vlans.push(new.clone());
             }
             Step::RemoveBridgeVlan(old) => self.vlans.retain(|had| had.dev != old.dev || had.id != old.id),
             Step::AddFdb(new) => {
-                if !self.fdb.contains(new) {
-                    self.fdb.push(new.clone());
-                }
+                self.fdb.retain(|had| !had.same_place(new));
+                self.fdb.push(new.clone());
             }
             Step::RemoveFdb(old) => self.fdb.retain(|had| had != old),
             Step::Sysctl { path, value } => {
@@ -158,8 +162,13 @@ impl State {
         self.fdb.retain(|entry| entry.dev != name);
         self.vlans.retain(|vlan| vlan.dev != name);
         self.sysctls.retain(|path, _| path.split('/').nth(3) != Some(name));
-        for link in self.links.values_mut().filter(|link| link.master.as_deref() == Some(name)) {
-            (link.master, link.port) = (None, None);
+        for link in self.links.values_mut() {
+            if link.master.as_deref() == Some(name) {
+                (link.master, link.port, link.backup) = (None, None, None);
+            }
+            if link.backup.as_deref() == Some(name) {
+                link.backup = None;
+            }
         }
     }
 
@@ -173,6 +182,7 @@ impl State {
         };
         for link in self.links.values_mut() {
             link.master.as_mut().map(change);
+            link.backup.as_mut().map(change);
             match &mut link.kind {
                 Kind::Vlan { link, .. } => change(link),
                 Kind::Veth { peer: Some(peer) } => change(peer),

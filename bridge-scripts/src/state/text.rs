@@ -79,7 +79,8 @@ impl fmt::Display for Neighbour {
 impl fmt::Display for Fdb {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "static forwarding entry {} at port {}", self.mac, self.dev)?;
-        self.vlan.map_or(Ok(()), |vlan| write!(f, " in VLAN {vlan}"))
+        self.vlan.map_or(Ok(()), |vlan| write!(f, " in VLAN {vlan}"))?;
+        if self.sticky { write!(f, ", sticky") } else { Ok(()) }
     }
 }
 

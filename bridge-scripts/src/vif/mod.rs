@@ -10,6 +10,7 @@
 
 mod dnsmasq;
 mod nat;
+mod pair;
 mod plan;
 mod program;
 mod route;
@@ -313,6 +314,10 @@ impl Request<'_> {
 /// What plans for an interface look at.
 fn read(session: &mut Session, settings: &Settings) -> Result<State, Error> {
     let mut names = vec![settings.vif.clone(), settings.name.clone()];
+    if settings.script == Script::Bridge {
+        names.extend(pair::other_names(settings));
+        names.sort_unstable();
+    }
     names.dedup();
     let mut what = What {
         addresses: true,

@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use super::settings::Settings;
-use super::{Error, Script, dnsmasq, nat, route};
+use super::{Error, Script, dnsmasq, nat, pair, route};
 use crate::antispoof::{self, Rules};
 use crate::nft::{Family, Table};
 use crate::plan::Plan;
@@ -317,7 +317,9 @@ fn bridge(draft: &mut Draft<'_>) -> Result<(), Error> {
     if !in_place {
         draft.push(Step::SetMaster { link: name.clone(), master: Some(bridge_name.clone()) });
     }
-    let flags = port_flags(settings.antispoof);
+    let emulated = pair::is_emulated(settings);
+    let mut flags = port_flags(settings.antispoof);
+    flags.learning |= emulated;
     let had = if in_place { draft.link().and_then(|link| link.port) } else { None };
     if had.unwrap_or_default() != flags {
         draft.push(Step::PortFlags { link: name.clone(), flags });
@@ -329,11 +331,22 @@ fn bridge(draft: &mut Draft<'_>) -> Result<(), Error> {
             Some(vlans) if filtering => vlans.all().into_iter().map(|(id, ..)| Some(id)).collect(),
             _ => vec![None],
         };
+        let other = pair::other(settings, &bridge_name, before);
+        let (live, was, in_place) = match &other {
+            Some(paravirtual) if emulated => (paravirtual.clone(), paravirtual.clone(), true),
+            _ => (name.clone(), was, in_place),
+        };
         for vlan in ids {
-            let entry = Fdb { dev: name.clone(), mac: settings.mac, vlan };
-            let there = Fdb { dev: was.clone(), ..entry.clone() };
-            if !in_place || !before.fdb.contains(&there) {
+            let entry = Fdb { dev: live.clone(), mac: settings.mac, vlan, sticky: other.is_some() };
+            if !in_place || !pair::has(before, &Fdb { dev: was.clone(), ..entry.clone() }) {
                 draft.push(Step::AddFdb(entry));
+            }
+        }
+        if let Some(other) = other {
+            let backup = Some(if emulated { name } else { other });
+            let had = before.links.get(&was).filter(|_| in_place).and_then(|link| link.backup.as_ref());
+            if had != backup.as_ref() {
+                draft.push(Step::BackupPort { link: live, backup });
             }
         }
     }

@@ -55,9 +55,17 @@ pub(crate) fn has(frame: &[u8], bytes: &[u8]) -> bool {
     frame.windows(bytes.len()).any(|window| window == bytes)
 }
 
+/// What is to be done in a namespace beside.
+enum Order {
+    /// Switch this device on, and listen at it.
+    Cable(String),
+    /// Run this command line.
+    Run(String, Sender<String>),
+}
+
 /// A namespace beside this thread's one.
 pub(crate) struct Beside {
-    orders: Option<Sender<String>>,
+    orders: Option<Sender<Order>>,
     cables: Receiver<Cable>,
     path: String,
     thread: Option<JoinHandle<()>>,
@@ -65,13 +73,20 @@ pub(crate) struct Beside {
 
 impl Beside {
     pub(crate) fn new() -> Self {
-        let (orders, of_thread) = channel::<String>();
+        let (orders, of_thread) = channel::<Order>();
         let (answers, cables) = channel();
         let (ready, started) = channel();
         let thread = std::thread::spawn(move || {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             ready.send(format!("/proc/{}/task/{}/ns/net", std::process::id(), nix::unistd::gettid())).unwrap();
-            for device in of_thread {
+            for order in of_thread {
+                let device = match order {
+                    Order::Cable(device) => device,
+                    Order::Run(line, answer) => {
+                        answer.send(sh(&line)).unwrap();
+                        continue;
+                    }
+                };
                 // Whether the kernel has IPv6 or not, this end is to be silent.
                 let _ = try_sh(&format!("sysctl -qw net/ipv6/conf/{device}/disable_ipv6=1"));
                 sh(&format!("ip link set {device} arp off promisc on up"));
@@ -85,8 +100,15 @@ impl Beside {
     pub(crate) fn pair(&self, near: &str, far: &str) -> Cable {
         sh(&format!("ip link add {near} type veth peer name {far}"));
         sh(&format!("ip link set {far} netns {}", self.path));
-        self.orders.as_ref().unwrap().send(far.to_owned()).unwrap();
+        self.orders.as_ref().unwrap().send(Order::Cable(far.to_owned())).unwrap();
         self.cables.recv_timeout(Duration::from_secs(10)).unwrap()
+    }
+
+    /// Runs a command line there.
+    pub(crate) fn run(&self, line: &str) -> String {
+        let (answer, answered) = channel();
+        self.orders.as_ref().unwrap().send(Order::Run(line.to_owned(), answer)).unwrap();
+        answered.recv_timeout(Duration::from_secs(10)).unwrap()
     }
 }
 
