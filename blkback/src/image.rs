@@ -2,6 +2,7 @@
 
 mod claim;
 mod direct;
+mod discard;
 mod problem;
 mod size;
 
@@ -55,9 +56,15 @@ pub struct Image {
     pub unit: u32,
     /// Whether DISCARD frees storage.
     pub discard: bool,
+    /// Whether what was discarded reads as zeros.
+    pub zeroes: bool,
     /// Bytes that DISCARD frees at a time.
     pub discard_granularity: u32,
-    /// How the storage erases for good, if it can.
+    /// Bytes from the disk's beginning to the first unit that DISCARD can free.
+    pub discard_alignment: u32,
+    /// Whether the storage erases for good.
+    pub secure: bool,
+    /// How the storage erases for good, or discards without making holes, if it does either.
     pub erase: Option<Arc<dyn Erase>>,
     /// Whether it is a file on a network file system, which may send pages again after it said that they are written.
     pub over_network: bool,
@@ -148,7 +155,10 @@ impl Image {
             direct: false,
             unit: SECTOR as u32,
             discard: false,
+            zeroes: true,
             discard_granularity: 0,
+            discard_alignment: 0,
+            secure: false,
             erase: None,
             over_network: false,
             device: None,
@@ -183,6 +193,7 @@ impl Image {
         image.unit = info.block.max(SECTOR as u32);
         image.physical_sector_size = image.unit.max(4096);
         image.discard = access != Access::ReadOnly && info.flags & NBD_FLAG_SEND_TRIM != 0;
+        image.zeroes = false;
         image.discard_granularity = image.unit;
         image.direct = true;
         if info.flags & NBD_FLAG_SEND_FLUSH == 0 {
@@ -206,14 +217,20 @@ impl Image {
         self.device = Some(device_number(device));
         self.sector_size = rustix::fs::ioctl_blksszget(&self.file).map_err(io_problem("BLKSSZGET"))?;
         self.physical_sector_size = rustix::fs::ioctl_blkpbszget(&self.file).map_err(io_problem("BLKPBSZGET"))?;
-        // A hole punched into a device is zeros written by freeing (fallocate(2) on a block device). A device that can
-        // only discard, without a promise of zeros, is not told to.
-        self.discard = writable && [DISCARD_MAX, ZEROES_MAX].iter().all(|name| queue_limit(device, name) > 0);
-        if self.discard {
-            self.erase = erase::of_device(&self.file).map_err(io_problem("a second descriptor"))?;
+        let discards = discard::look(&discard::folder(device_number(device)));
+        self.discard = writable && discards.can;
+        self.zeroes = discards.zeroes;
+        let second = io_problem("a second descriptor");
+        if self.discard && self.zeroes {
+            // A hole punched into a device is zeros written by freeing (fallocate(2) on a block device).
+            self.erase = erase::of_device(&self.file).map_err(second)?;
+            // Secure discard ends with such zeros.
+            self.secure = self.erase.is_some();
+        } else if self.discard {
+            self.erase = Some(erase::discards_of_device(&self.file).map_err(second)?);
         }
-        let granularity = u32::try_from(queue_limit(device, "discard_granularity")).unwrap_or(0);
-        self.discard_granularity = granularity.max(self.sector_size);
+        self.discard_granularity = discards.granularity.max(self.sector_size);
+        self.discard_alignment = discards.alignment;
         Ok(())
     }
 
@@ -247,7 +264,10 @@ impl Image {
             direct: false,
             unit: SECTOR as u32,
             discard: false,
+            zeroes: true,
             discard_granularity: 0,
+            discard_alignment: 0,
+            secure: false,
             erase: None,
             over_network: false,
             device: None,
@@ -302,18 +322,6 @@ const NETWORK: [u32; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3
 
 /// Bytes of the largest request of a guest: 256 segments, and a unit more at each end.
 const LARGEST_REQUEST: u32 = (256 + 2) * 4096;
-
-/// Limits of a block device's queue (Documentation/ABI/stable/sysfs-block of Linux), in bytes.
-const DISCARD_MAX: &str = "discard_max_bytes";
-/// See [`DISCARD_MAX`].
-const ZEROES_MAX: &str = "write_zeroes_max_bytes";
-
-/// A limit of a device's queue; a partition has its disk's. 0 where the kernel does not say.
-fn queue_limit(device: u64, name: &str) -> u64 {
-    let (major, minor) = device_number(device);
-    let read = |folder: &str| std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{folder}/{name}")).ok();
-    read("queue").or_else(|| read("../queue")).and_then(|text| text.trim().parse().ok()).unwrap_or(0)
-}
 
 /// The number of the block device that a path leads to.
 pub fn device_at(path: &Path) -> Option<(u32, u32)> {

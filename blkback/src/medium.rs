@@ -62,7 +62,7 @@ impl Medium {
         };
         let read_only = access == Access::ReadOnly;
         let discard = image.discard && !read_only && backend.get("discard-enable") != Some("0");
-        let secure = discard && image.erase.is_some();
+        let secure = discard && image.secure;
         let kind = negotiate::Kind { read_only, cdrom, removable: flag("removable"), discard, secure };
         let pages_stay = pages_stay(image.over_network, flag("direct-io-safe"));
         Ok(Self { image: Arc::new(image), kind, pages_stay, hold_when_full })

@@ -137,7 +137,7 @@ pub fn describe(image: &Image, limits: &Limits, kind: Kind) -> Pairs {
     ];
     if discard {
         keys.push(pair("discard-granularity", image.discard_granularity));
-        keys.push(pair("discard-alignment", 0));
+        keys.push(pair("discard-alignment", image.discard_alignment));
         keys.push(pair("discard-secure", u32::from(secure)));
     }
     keys

@@ -35,7 +35,8 @@ pub trait Storage {
     fn write(&mut self, offset: u64, memory: IoList, token: u32);
     /// Makes durable every write that was done before this call.
     fn flush(&mut self, token: u32);
-    /// Gives up a range, which reads as zeros afterwards.
+    /// Gives up a range. It reads as zeros afterwards, except on a device that does not promise that
+    /// ([`Image::zeroes`](crate::image::Image::zeroes)).
     fn discard(&mut self, offset: u64, len: u64, token: u32);
     /// Erases a range so that nothing brings its content back; what it reads as afterwards is open. Asked for only where
     /// the disk has said that it can.
@@ -102,7 +103,7 @@ impl UringStorage {
         Self::with_eraser(image, wakers, capacity, None)
     }
 
-    /// As [`new`](Self::new), on an image that can also be erased.
+    /// As [`new`](Self::new), on an image that can also be erased, or that discards in its own way.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -205,12 +206,15 @@ impl Storage for UringStorage {
     }
 
     fn discard(&mut self, offset: u64, len: u64, token: u32) {
-        self.ring.push(IMAGE, Operation::Punch { offset, len }, IoList::default(), token);
+        match &mut self.eraser {
+            Some(eraser) if eraser.discards() => eraser.discard(offset, len, token),
+            _ => self.ring.push(IMAGE, Operation::Punch { offset, len }, IoList::default(), token),
+        }
     }
 
     fn erase(&mut self, offset: u64, len: u64, token: u32) {
         match &mut self.eraser {
-            Some(eraser) => eraser.ask(offset, len, token),
+            Some(eraser) => eraser.erase(offset, len, token),
             None => {
                 let result = Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
                 self.ended.push(Done { token, memory: IoList::default(), result });

@@ -320,6 +320,39 @@ fn a_block_device() {
     }
 }
 
+/// A device that promises no zeros is not told to make holes, but to discard: by a call of the kernel's, off the queue's
+/// thread.
+#[test]
+fn a_device_discards_without_holes() {
+    use blkback::storage::{Sleep, Storage, UringStorage};
+    use std::os::fd::AsFd;
+
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let Some(device) = LoopDevice::on(&image, 512) else {
+        println!("NOT TESTED: BLKDISCARD: needs losetup, a free loop device, and root");
+        return;
+    };
+    let before = std::fs::metadata(&image).unwrap().blocks();
+    let file = std::fs::File::options().read(true).write(true).open(device.path()).unwrap();
+    let erase = blkback::erase::discards_of_device(&file).unwrap();
+    let mut storage = UringStorage::with_eraser(file.as_fd(), &[], 8, Some(erase)).unwrap();
+    storage.discard(4096, (1 << 20) - 8192, 5);
+    let done = loop {
+        match storage.next() {
+            Some(done) => break done,
+            None => storage.wait(None).unwrap(),
+        }
+    };
+    assert_eq!(done.token, 5);
+    done.result.unwrap();
+    rustix::fs::fdatasync(&file).unwrap();
+    let bytes = std::fs::read(&image).unwrap();
+    assert!(bytes[..4096].iter().chain(&bytes[(1 << 20) - 4096..]).all(|&byte| byte == 7), "what is around it");
+    assert!(std::fs::metadata(&image).unwrap().blocks() < before, "the file behind the device got smaller");
+}
+
 #[test]
 fn many_guests_and_disks_at_once() {
     let dom0 = Dom0::start();
