@@ -2,19 +2,20 @@
 //!
 //! Which of a tap's queues a frame comes to is the kernel's choice. As long as the guest has not chosen an algorithm for
 //! hashing, that is fine. Afterwards its hash and its table decide, and a frame that came to another queue is handed over:
-//! copied once, to a [`Post`] with a bounded number of places, whose queue is woken. A frame that finds none is dropped,
-//! as the tap would drop it.
+//! copied once, to a [`Post`] of bounded places and bytes, whose queue is woken. A frame that finds no room is dropped.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use rustix::event::{EventfdFlags, eventfd};
 
-/// Frames that one queue keeps for another.
+/// Frames that are kept for one queue.
 const PLACES: usize = 128;
+/// Bytes of them, as of those that the queue itself has read.
+const BYTES: usize = crate::rx::BACKLOG;
 
 /// Where a queue gets what others read for it, and gives what it read for others.
 #[derive(Debug)]
@@ -27,6 +28,8 @@ pub struct Post {
 #[derive(Debug)]
 struct Letterbox {
     sender: Sender<Vec<u8>>,
+    /// Bytes of the frames in it; those whose giving is under way among them.
+    bytes: AtomicUsize,
     /// The bell was rung, and its queue has not looked since.
     rung: AtomicBool,
     bell: OwnedFd,
@@ -42,7 +45,7 @@ impl Post {
         for _ in 0..queues {
             let (sender, inbox) = bounded(PLACES);
             let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-            boxes.push(Letterbox { sender, rung: AtomicBool::new(false), bell });
+            boxes.push(Letterbox { sender, bytes: AtomicUsize::new(0), rung: AtomicBool::new(false), bell });
             inboxes.push(inbox);
         }
         let boxes: Arc<[Letterbox]> = boxes.into();
@@ -64,7 +67,9 @@ impl Post {
     #[must_use]
     pub fn give(&self, queue: u32, frame: Vec<u8>) -> bool {
         let Some(other) = self.boxes.get(queue as usize) else { return false };
-        if other.sender.try_send(frame).is_err() {
+        let len = frame.len();
+        if other.bytes.fetch_add(len, Ordering::Relaxed) + len > BYTES || other.sender.try_send(frame).is_err() {
+            other.bytes.fetch_sub(len, Ordering::Relaxed);
             return false;
         }
         // Whoever has rung and was not heard yet has rung for this frame too.
@@ -77,7 +82,9 @@ impl Post {
 
     /// The next frame that another queue has read for this one.
     pub fn take(&self) -> Option<Vec<u8>> {
-        self.inbox.try_recv().ok()
+        let frame = self.inbox.try_recv().ok()?;
+        self.boxes[self.own as usize].bytes.fetch_sub(frame.len(), Ordering::Relaxed);
+        Some(frame)
     }
 
     /// Readable after a frame was given to this queue, until [`quiet`](Self::quiet).
@@ -116,5 +123,9 @@ mod tests {
         let given = (0..10 * PLACES).filter(|_| posts[0].give(1, vec![0])).count();
         assert_eq!(given, PLACES);
         assert!(posts[1].give(0, vec![0]));
+        let given = (0..PLACES).filter(|_| posts[1].give(0, vec![0; 1 << 16])).count();
+        assert_eq!(given, BYTES / (1 << 16) - 1, "the byte before takes room too");
+        while posts[0].take().is_some() {}
+        assert!(posts[1].give(0, vec![0; BYTES]), "all of it is free again");
     }
 }

@@ -4,12 +4,12 @@
 //! is looked at, and whatever the guest cannot take is done for it; it is given the pages that the guest has posted;
 //! the copies of all frames of the turn are one batch, and so are the responses.
 //!
-//! The tap's own queue is the only queue: nothing is read while a frame waits for pages, so a guest that posts too few
-//! (XSA-392) holds up one frame here, and the kernel drops the others when the tap's queue is full. After
-//! [`DRAIN`] the frame is dropped, and as long as there still are no pages every frame that comes. A guest
+//! A guest that posts too few pages (XSA-392) holds up a frame here, and behind it as many as the [`backlog`] takes;
+//! those that come after that are dropped. After [`DRAIN`] the frame is dropped, and as long as there still are no pages every frame that comes. A guest
 //! that posts nothing for [`STALL`] loses its carrier until it does; one that does not say `feature-rx-notify` never
 //! tells when it has posted, so it is looked at every [`DRAIN_UNTOLD`] and keeps its carrier.
 
+mod backlog;
 mod frame;
 mod resume;
 
@@ -21,7 +21,7 @@ use std::sync::atomic::AtomicU16;
 use std::time::{Duration, Instant};
 
 use hypervisor::memory::{IoList, Mapping};
-use hypervisor::{Backend, CopyDirection, CopyOp, DomId, GrantStatus};
+use hypervisor::{Backend, CopyDirection, CopyOp, DomId, GrantStatus, PAGE_SIZE};
 use ring::BackRing;
 
 use crate::abi::{Extra, RX_SLOT, RxRequest, RxResponse, rx_flag, status};
@@ -33,6 +33,8 @@ use crate::negotiate::{Gso, Receives};
 use crate::segment::Segments;
 use crate::steer::Post;
 use crate::tap::Tap;
+pub use backlog::BACKLOG;
+use backlog::Backlog;
 use frame::{Frame, Origin};
 
 /// Frames of one turn.
@@ -88,6 +90,8 @@ pub struct Rx {
     posted: VecDeque<RxRequest>,
     /// A frame that waits for pages.
     waiting: Option<Frame>,
+    /// What has come after it.
+    backlog: Backlog,
     /// Frames that come are dropped until there are pages.
     dry: bool,
     /// Segments that are still to be made of a frame that the guest cannot cut.
@@ -143,9 +147,10 @@ impl Rx {
             multicast: MulticastReader::new(multicast),
             post,
             counters,
-            arena: Rc::new(Mapping::anonymous(ARENA)?),
+            arena: Rc::new(Mapping::anonymous(ARENA + ROOM)?),
             posted: VecDeque::with_capacity(slots),
             waiting: None,
+            backlog: Backlog::default(),
             dry: false,
             segments: None,
             // Until it has posted its first page it has no carrier.
@@ -158,9 +163,9 @@ impl Rx {
         })
     }
 
-    /// Whether a frame could be read from the tap now.
+    /// Whether a frame would be read from the tap now.
     pub fn wants_frames(&self) -> bool {
-        self.waiting.is_none() && (!self.posted.is_empty() || self.dry || !self.stalled)
+        self.waiting.is_some() || !self.posted.is_empty() || self.dry || !self.stalled
     }
 
     /// Whether pages have come that something waits for.
@@ -256,8 +261,43 @@ impl Rx {
                 break;
             }
         }
+        if self.waiting.is_some() {
+            moved += self.read_ahead(tap)?;
+        }
         self.deliver()?;
         Ok((moved, self.ring.publish()))
+    }
+
+    /// Takes out of the tap what has come behind the frame that waits. Returns how many frames that were.
+    fn read_ahead(&mut self, tap: &Tap) -> Result<u32, Broken> {
+        for count in 0..BATCH as u32 {
+            let full = self.backlog.is_full();
+            // What will be dropped need not be copied: the kernel frees all of a frame, however little of it was read.
+            let Some(len) = self.read_tap(tap, ARENA, if full { PAGE_SIZE } else { ROOM })? else { return Ok(count) };
+            if full {
+                self.counters.rx_dropped.add(1);
+                continue;
+            }
+            let mut frame = vec![0; len].into_boxed_slice();
+            self.arena.copy_out(ARENA, &mut frame);
+            self.backlog.push(frame);
+        }
+        Ok(BATCH as u32)
+    }
+
+    /// One frame from the tap to this place in the arena. None where there is none.
+    fn read_tap(&mut self, tap: &Tap, at: usize, room: usize) -> Result<Option<usize>, Broken> {
+        self.memory.clear();
+        self.memory.push(&self.arena, at, room);
+        match tap.read(&self.memory) {
+            Ok(0) => {
+                let source = io::ErrorKind::UnexpectedEof.into();
+                Err(Broken::Host { what: "the tap was closed", source })
+            }
+            Ok(len) => Ok(Some(len)),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(None),
+            Err(source) => Err(Broken::Host { what: "reading from the tap", source }),
+        }
     }
 
     fn drain(&self) -> Duration {
@@ -296,17 +336,16 @@ impl Rx {
                 }
                 continue;
             }
-            self.memory.clear();
-            self.memory.push(&self.arena, *used, ROOM);
-            let len = match tap.read(&self.memory) {
-                Ok(len) => len,
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => return Ok(None),
-                Err(source) => return Err(Broken::Host { what: "reading from the tap", source }),
+            let len = match self.backlog.pop() {
+                Some(frame) => {
+                    self.arena.copy_in(*used, &frame);
+                    frame.len()
+                }
+                None => match self.read_tap(tap, *used, ROOM)? {
+                    Some(len) => len,
+                    None => return Ok(None),
+                },
             };
-            if len == 0 {
-                let source = io::ErrorKind::UnexpectedEof.into();
-                return Err(Broken::Host { what: "the tap was closed", source });
-            }
             *moved += 1;
             if let Some(frame) = self.examine(*used, len, Origin::Tap, now) {
                 *used = (frame.at + frame.len).next_multiple_of(64);
