@@ -133,3 +133,57 @@ fn connections_end_with_the_guest() {
         assert_eq!(tracked(), 0);
     });
 }
+
+/// A backend that ends and comes back makes the tap anew: a guest that keeps its addresses keeps its connections through
+/// NAT, both ways. What changes hands is forgotten.
+#[test]
+fn connections_stay_with_a_guest_that_stays() {
+    alone("connections_stay_with_a_guest_that_stays", || {
+        if !have("nft", "connections of a guest that stays") {
+            return;
+        }
+        let (beside, scene) = (Beside::new(), Scene::new());
+        let (far, _elsewhere) = dom0(&beside);
+        let (one, mac) = (Ipv4Addr::from([10, 0, 62, 1]), "00:16:3e:00:00:01");
+        let outside = Ipv4Addr::new(198, 51, 100, 1);
+        let (eth0, far_mac) = (mac_of("eth0"), [2, 0, 0, 0, 0, 7]);
+        let question = |text: &[u8]| ether(DOM0, GUEST, 0x0800, &ip4(one, FAR, 17, 0, &udp(1000, 53, text)));
+        let answer = |text: &[u8]| ether(eth0, far_mac, 0x0800, &ip4(FAR, outside, 17, 0, &udp(53, 1000, text)));
+        let mut guest = beside.pair("vif1.0", "guest");
+        scene.describe(1, 0, mac, &[("ip", "10.0.62.1,10.0.62.2")]);
+        scene.online("vif-nat", 1, 0).unwrap();
+        assert!(until(&guest, &far, &question(b"question"), b"question").is_some());
+        assert_eq!(tracked(), 1);
+        for round in 0..2 {
+            drop(guest);
+            sh("ip link del vif1.0");
+            guest = beside.pair("vif1.0", &format!("guest-{round}"));
+            scene.online("vif-nat", 1, 0).unwrap();
+            assert_eq!(tracked(), 1, "the connection is forgotten");
+            // Nobody has sent through the new device: only what is tracked leads the answer to it.
+            let text = format!("answer {round}");
+            assert!(until(&far, &guest, &answer(text.as_bytes()), text.as_bytes()).is_some(), "{text}");
+        }
+        // Online again, as after `xl` has tried once more.
+        scene.online("vif-nat", 1, 0).unwrap();
+        assert_eq!(tracked(), 1);
+        // One of its addresses goes, but not this one.
+        scene.set(1, 0, "ip", "10.0.62.1");
+        scene.online("vif-nat", 1, 0).unwrap();
+        assert_eq!(tracked(), 1);
+        scene.set(1, 0, "ip", "10.0.62.3");
+        scene.online("vif-nat", 1, 0).unwrap();
+        assert_eq!(tracked(), 0, "the address is nobody's, and its connection stays");
+        // An address that another guest takes.
+        scene.set(1, 0, "ip", "10.0.62.1");
+        scene.online("vif-nat", 1, 0).unwrap();
+        assert!(until(&guest, &far, &question(b"again"), b"again").is_some());
+        assert_eq!(tracked(), 1);
+        drop(guest);
+        sh("ip link del vif1.0");
+        let _other = beside.pair("vif2.0", "other");
+        scene.describe(2, 0, "00:16:3e:00:00:02", &[("ip", "10.0.62.1")]);
+        scene.online("vif-nat", 2, 0).unwrap();
+        assert_eq!(tracked(), 0, "another guest has the first one's connection");
+    });
+}

@@ -9,6 +9,7 @@
 //! Nothing of an interface is left half done: see [`crate::apply`].
 
 mod dnsmasq;
+mod hands;
 mod nat;
 mod pair;
 mod plan;
@@ -224,9 +225,8 @@ impl Request<'_> {
         let (mut plan, before, settings) = self.plan(store, script, &mut session)?;
         session.apply(&plan, &before)?;
         if settings.script != Script::Bridge && !plan.is_empty() {
-            // Whoever has the address next is not to get answers meant for another guest, nor the other way round.
-            let sources = plan::sources(&settings).0;
-            if let Err(error) = crate::link::forget_connections(&sources) {
+            let of = hands::changing(&settings, self.event.comes(), &before);
+            if let Err(error) = crate::link::forget_connections(&of) {
                 plan.notes.push(format!("connections of {} are not forgotten: {error}", settings.vif));
             }
         }
