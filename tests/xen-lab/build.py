@@ -1,150 +1,204 @@
 """Builds the lab's images into a cache folder: hypervisor, kernel, dom0 disk, guest initrds, guest root disk.
 
-Each stage is named by a key over its recipe; a stage whose key is unchanged is skipped, so a second run touches
-no network. What changes often (the agent, scenario scripts, the guests' init, our binary) is NOT in here: it
+Kernels are shared by all worlds and lie below kernels/, the rest in a folder for each world. Each stage is named by a key
+over its recipe; a stage whose key is unchanged is skipped, so a second run touches no network. What changes often (the agent, scenario scripts, the guests' init, our binary) is NOT in here: it
 travels in the payload disk made for each boot (payload.py).
 """
 
 from __future__ import annotations
 
 import gzip
-import lzma
 import os
 import shutil
-import struct
 import subprocess
 from pathlib import Path
 from typing import Callable
 
 import cpio
 import elf
+import kernel as kernels
 import packages
 import recipe
+from kernel import KernelImages, copy_modules
 from progress import Step, say
+from worlds import KERNELS, XEN_4_17, Kernel, World
 
 HERE = Path(__file__).resolve().parent
+#: What a dom0 under systemd has on top of its packages.
+SYSTEMD = HERE / "dom0/systemd"
 
 
 class Images:
-    """Where the built things are."""
+    """Where the built things of one world are."""
 
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
-        self.packages = cache / "packages"      # hypervisor and kernel packages, unpacked
-        self.root = cache / "dom0-root"         # debootstrap's tree, and the kernel's modules
-        self.xen = cache / "xen"                # ELF32 multiboot, gunzipped
-        self.vmlinuz = cache / "vmlinuz"
-        self.vmlinux = cache / "vmlinux"        # for guests
-        self.dom0_initrd = cache / "dom0-initrd.cpio"
-        self.dom0 = cache / "dom0.img"
-        self.guest = cache / "guest"            # a guest's tree: busybox, modules, fio and friends
-        self.guest_initrd = cache / "guest.cpio"
-        self.packages32 = cache / "packages-i386"
-        self.vmlinux32 = cache / "vmlinux-i386"
-        self.guest32_initrd = cache / "guest-i386.cpio"
-        self.logs = cache / "build-logs"
-
-    def kernel_version(self) -> str:
-        return kernel_version(self.packages)
-
-
-def kernel_version(packages_tree: Path) -> str:
-    return next((packages_tree / "lib/modules").iterdir()).name
+    def __init__(self, cache: Path, world: World) -> None:
+        self.world = world
+        self.common = cache                     # what the worlds share is below kernels/ there
+        self.cache = cache / world.name
+        self.kernels = {name: KernelImages(cache / "kernels" / name) for name in KERNELS}
+        self.kernel = self.kernels[world.kernel]        # dom0's
+        self.packages = self.cache / "packages"     # the hypervisor's, unpacked
+        self.root = self.cache / "dom0-root"        # debootstrap's tree, and the kernel's modules
+        self.xen = self.cache / "xen"               # ELF32 multiboot, gunzipped
+        self.dom0_initrd = self.cache / "dom0-initrd.cpio"
+        self.dom0 = self.cache / "dom0.img"
+        self.guest = self.cache / "guest"           # a guest's tree without modules: busybox, fio and friends
+        self.guest_initrd = self.cache / "guest.cpio"
+        self.pvgrub = self.cache / "pvgrub"         # grub-xen-host, unpacked
+        self.packages32 = self.cache / "packages-i386"
+        self.vmlinux32 = self.cache / "vmlinux-i386"
+        self.guest32_initrd = self.cache / "guest-i386.cpio"
+        self.logs = self.cache / "build-logs"
 
 
-def stage(images: Images, name: str, key: str, outputs: list[Path], make: Callable[[], None]) -> bool:
+def stage(folder: Path, name: str, key: str, outputs: list[Path], make: Callable[[], None]) -> bool:
     """Run `make` unless the stamp says it was done with this very key and the outputs are there."""
-    stamp = images.cache / f"{name}.key"
+    stamp = folder / f"{name}.key"
     if stamp.exists() and stamp.read_text() == key and all(path.exists() for path in outputs):
         return False
     stamp.unlink(missing_ok=True)
-    with Step(f"build: {name}"):
+    with Step(f"build: {folder.name}: {name}"):
         make()
     stamp.write_text(key)
     return True
 
 
-def build(cache: Path) -> Images:
-    """Bring every image up to date; says at the end whether anything had to be done."""
-    images = Images(cache)
-    cache.mkdir(parents=True, exist_ok=True)
+def build(cache: Path, world: World) -> Images:
+    """Bring every image of a world up to date; says at the end whether anything had to be done."""
+    images = Images(cache, world)
+    adopt(cache)
+    images.cache.mkdir(parents=True, exist_ok=True)
     packages.ensure_packages()
+    tools = [HERE / "build.py", HERE / "kernel.py", HERE / "cpio.py"]
 
-    kernel_key = recipe.key(recipe.HYPERVISOR_PACKAGE, recipe.SUITE)
-    root_key = recipe.key(recipe.SUITE, recipe.DOM0_PACKAGES)
+    done = False
+    for name, kernel in images.kernels.items():
+        done |= build_kernel(KERNELS[name], kernel, tools)
+    kernel_key = kernel_fetch_key(KERNELS[world.kernel])
+    xen_key = recipe.key(world.hypervisor, world.suite)
+    root_key = recipe.key(world.suite, list(world.packages))
     dom0_key = recipe.key(kernel_key, root_key, recipe.DOM0_MODULE_FOLDERS, recipe.DOM0_MODULE_FILES,
-                          recipe.DOM0_INITRD_MODULES, HERE / "dom0/initrd-init", HERE / "build.py", HERE / "cpio.py")
-    guest_key = recipe.key(kernel_key, root_key, recipe.GUEST_MODULES, recipe.GUEST_MODULES_LATER, recipe.GUEST_TOOLS,
-                           recipe.FIO_LIBRARIES, HERE / "build.py", HERE / "cpio.py", HERE / "elf.py")
-
-    fetch32_key = recipe.key(recipe.SUITE, recipe.I386_KERNEL, recipe.I386_BUSYBOX)
-    guest32_key = recipe.key(fetch32_key, recipe.GUEST_MODULES, HERE / "build.py", HERE / "cpio.py")
-    done = stage(images, "kernel", kernel_key, [images.xen, images.vmlinuz, images.vmlinux],
-                 lambda: make_kernel(images))
-    done |= stage(images, "debootstrap", root_key, [images.root], lambda: make_root(images))
-    done |= stage(images, "dom0", dom0_key, [images.dom0, images.dom0_initrd], lambda: make_dom0(images))
-    done |= stage(images, "guest", guest_key, [images.guest, images.guest_initrd], lambda: make_guests(images))
-    done |= stage(images, "i386-packages", fetch32_key, [images.packages32], lambda: fetch_i386(images))
-    done |= stage(images, "i386-guest", guest32_key, [images.vmlinux32, images.guest32_initrd],
-                  lambda: make_i386(images))
-    say("build: " + ("complete" if done else "nothing to do"))
+                          recipe.DOM0_INITRD_MODULES, HERE / "dom0/initrd-init", recipe.MASKED_UNITS,
+                          *sorted(path for path in SYSTEMD.rglob("*") if path.is_file()), *tools)
+    guest_key = recipe.key(root_key, recipe.GUEST_TOOLS, recipe.FIO_LIBRARIES, HERE / "elf.py", *tools)
+    done |= stage(images.cache, "hypervisor", xen_key, [images.xen], lambda: make_hypervisor(images))
+    done |= stage(images.cache, "debootstrap", root_key, [images.root], lambda: make_root(images))
+    done |= stage(images.cache, "dom0", dom0_key, [images.dom0, images.dom0_initrd], lambda: make_dom0(images))
+    done |= stage(images.cache, "guest", guest_key, [images.guest, images.guest_initrd], lambda: make_guests(images))
+    done |= stage(images.cache, "pvgrub", recipe.key(world.suite, recipe.PVGRUB_PACKAGE), [images.pvgrub], lambda: fetch_pvgrub(images))
+    if world.guest32:
+        fetch32_key = recipe.key(world.suite, recipe.I386_KERNEL, recipe.I386_BUSYBOX)
+        guest32_key = recipe.key(fetch32_key, recipe.GUEST_MODULES, *tools)
+        done |= stage(images.cache, "i386-packages", fetch32_key, [images.packages32], lambda: fetch_i386(images))
+        done |= stage(images.cache, "i386-guest", guest32_key, [images.vmlinux32, images.guest32_initrd],
+                      lambda: make_i386(images))
+    say(f"build: Xen {world.name}: " + ("complete" if done else "nothing to do"))
     return images
 
 
-def make_kernel(images: Images) -> None:
-    """Fetch the hypervisor and the kernel; `-kernel` takes Xen only as the uncompressed ELF."""
-    packages.quiet(["apt-get", "update"], images.logs / "apt-update.log", fatal=False)
-    names = [recipe.HYPERVISOR_PACKAGE, packages.kernel_package()]
-    packages.download(names, images.packages, images.logs / "download.log")
+def adopt(cache: Path) -> None:
+    """Before there were two worlds, the images of the one lay in `cache` itself: the dear ones are kept, the others go."""
+    old = cache / XEN_4_17.name
+    if not (cache / "dom0-root").is_dir():
+        return
+    old.mkdir(exist_ok=True)
+    for name in ("dom0-root", "debootstrap.key", "packages-i386", "i386-packages.key", "apt-i386"):
+        if (cache / name).exists() and not (old / name).exists():
+            (cache / name).rename(old / name)
+    for name in ("packages", "packages-i386", "apt-i386", "payload", "guest", "guest-root", "guest-overlay", "guest-i386", "dom0-initrd",
+                 "build-logs", "run", "logs"):
+        shutil.rmtree(cache / name, ignore_errors=True)
+    for pattern in ("*.img", "*.key", "*.cpio", "vmlinu*", "xen"):
+        for path in cache.glob(pattern):
+            path.unlink()
+
+
+def apt_options(suite: str, folder: Path, logs: Path) -> list[str]:
+    """For apt to see a suite, its lists brought up to date: none where the machine's own sources have it."""
+    if packages.mirror_for(suite, packages.machine_sources()) is None:
+        return packages.other_suite(suite, folder / "apt", logs / "apt-update.log")
+    packages.quiet(["apt-get", "update"], logs / "apt-update.log", fatal=False)
+    return []
+
+
+def kernel_fetch_key(kernel: Kernel) -> str:
+    return recipe.key(kernel.suite, kernel.meta)
+
+
+def build_kernel(kernel: Kernel, images: KernelImages, tools: list[Path]) -> bool:
+    images.folder.mkdir(parents=True, exist_ok=True)
+    fetch_key = kernel_fetch_key(kernel)
+    modules_key = recipe.key(fetch_key, recipe.GUEST_MODULES, recipe.GUEST_MODULES_LATER, *tools)
+    done = stage(images.folder, "kernel", fetch_key, [images.packages, images.vmlinuz, images.vmlinux],
+                 lambda: fetch_kernel(kernel, images))
+    return done | stage(images.folder, "modules", modules_key, [images.modules], lambda: make_modules(images))
+
+
+def fetch_kernel(kernel: Kernel, images: KernelImages) -> None:
+    logs = images.folder / "build-logs"
+    options = apt_options(kernel.suite, images.folder, logs)
+    names = packages.kernel_packages(kernel.meta, options)
+    packages.download(names, images.packages, logs / "download.log", options)
     say("build: " + ", ".join(names))
-    boot = images.packages / "boot"
-    images.xen.write_bytes(gzip.decompress((boot / f"xen-{recipe.XEN}-amd64.gz").read_bytes()))
-    shutil.copy(boot / f"vmlinuz-{images.kernel_version()}", images.vmlinuz)
-    images.vmlinux.write_bytes(uncompressed_kernel(images.vmlinuz.read_bytes()))
-    packages.quiet(["depmod", "-b", str(images.packages), images.kernel_version()], images.logs / "depmod.log")
+    found = packages.find_kernel(images.packages)
+    kernels.depmod(images.packages, found.version, logs / "depmod.log")
+    shutil.copy(found.vmlinuz, images.vmlinuz)
+    images.vmlinux.write_bytes(kernels.uncompressed(images.vmlinuz.read_bytes()))
 
 
-def uncompressed_kernel(bzimage: bytes) -> bytes:
-    """The ELF inside a bzImage (Documentation/x86/boot: payload_offset and payload_length, protocol 2.08).
+def make_modules(images: KernelImages) -> None:
+    """What every guest with this kernel has of it; unpacked over the tools' tree, in an initrd and on a root disk."""
+    tree = images.folder / "guest-modules"
+    shutil.rmtree(tree, ignore_errors=True)
+    for folder in ("usr/lib/modules", "etc"):
+        (tree / folder).mkdir(parents=True)
+    (tree / "lib").symlink_to("usr/lib")
+    copy_modules(images.packages, recipe.GUEST_MODULES, tree, recipe.GUEST_MODULES_LATER)
+    kernels.depmod(tree, packages.find_kernel(images.packages).version, images.folder / "build-logs/depmod.log")
+    pack(tree, images.modules)
 
-    libxl's domain builder would unpack it itself, in dom0, with every `xl create`: many seconds under emulation.
-    """
-    sectors = bzimage[0x1F1] or 4
-    offset, length = struct.unpack_from("<II", bzimage, 0x248)
-    payload = bzimage[(sectors + 1) * 512 + offset:][:length]
-    # The last four bytes are the size, not part of the XZ stream.
-    return lzma.LZMADecompressor().decompress(payload)
+
+def make_hypervisor(images: Images) -> None:
+    """`-kernel` takes Xen only as the uncompressed ELF."""
+    options = apt_options(images.world.suite, images.cache, images.logs)
+    packages.download([images.world.hypervisor], images.packages, images.logs / "download.log", options)
+    packed = images.packages / f"boot/xen-{images.world.name}-amd64.gz"
+    images.xen.write_bytes(gzip.decompress(packed.read_bytes()))
+
+
+def fetch_pvgrub(images: Images) -> None:
+    options = apt_options(images.world.suite, images.cache, images.logs)
+    packages.download([recipe.PVGRUB_PACKAGE], images.pvgrub, images.logs / "download-pvgrub.log", options)
 
 
 def make_root(images: Images) -> None:
-    packages.debootstrap(recipe.SUITE, recipe.DOM0_PACKAGES, images.root, images.logs / "debootstrap.log")
+    packages.debootstrap(images.world.suite, list(images.world.packages), images.root, images.logs / "debootstrap.log")
     for junk in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
         shutil.rmtree(images.root / junk, ignore_errors=True)
 
 
 def make_dom0(images: Images) -> None:
     """dom0's disk: mkfs.ext4 fills it from the folder, so nothing is ever loop-mounted on the host."""
-    version = images.kernel_version()
-    source = images.packages / "lib/modules" / version
+    found = packages.find_kernel(images.kernel.packages)
+    version, source = found.version, found.modules
     target = images.root / "lib/modules" / version
     shutil.rmtree(images.root / "usr/lib/modules", ignore_errors=True)
-    target.mkdir(parents=True)
-    for folder in recipe.DOM0_MODULE_FOLDERS:
-        if (source / "kernel" / folder).is_dir():
-            shutil.copytree(source / "kernel" / folder, target / "kernel" / folder, dirs_exist_ok=True)
-    for file in recipe.DOM0_MODULE_FILES:
-        if (source / "kernel" / file).is_file():    # some are built in in some kernels
-            (target / "kernel" / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / "kernel" / file, target / "kernel" / file)
-    for index in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
-        shutil.copy(source / index, target / index)
-    packages.quiet(["depmod", "-b", str(images.root), version], images.logs / "depmod.log")
+    wanted = [file for folder in recipe.DOM0_MODULE_FOLDERS for file in (source / "kernel" / folder).rglob("*.ko*")]
+    for name in recipe.DOM0_MODULE_FILES:       # some are built in in some kernels
+        wanted += (source / "kernel" / name).parent.glob(Path(name).name + "*")
+    for file in wanted:
+        kernels.copy_module(file, target / file.relative_to(source))
+    kernels.copy_tables(source, target)
+    kernels.depmod(images.root, version, images.logs / "depmod.log")
     for folder in ("lab", "srv/lab", "var/log/lab", "var/log/xen/console"):
         (images.root / folder).mkdir(parents=True, exist_ok=True)
 
+    if images.world.systemd:
+        set_up_systemd(images.root)
+
     tree = images.cache / "dom0-initrd"
     busybox_tree(tree)
-    copy_modules(images.packages, recipe.DOM0_INITRD_MODULES, tree)
+    copy_modules(images.kernel.packages, recipe.DOM0_INITRD_MODULES, tree)
     shutil.copy(HERE / "dom0/initrd-init", tree / "init")
     (tree / "init").chmod(0o755)
     pack(tree, images.dom0_initrd)
@@ -153,16 +207,25 @@ def make_dom0(images: Images) -> None:
     make_ext4(images.root, images.dom0, "6G", ["-O", "^has_journal"], images.logs)
 
 
+def set_up_systemd(root: Path) -> None:
+    """The agent as a unit; what only costs time is masked."""
+    shutil.copytree(SYSTEMD, root, dirs_exist_ok=True)
+    units = root / "etc/systemd/system"
+    for name, target in [(name, "/dev/null") for name in recipe.MASKED_UNITS] + [
+            ("multi-user.target.wants/lab-agent.service", "/etc/systemd/system/lab-agent.service")]:
+        (units / name).parent.mkdir(parents=True, exist_ok=True)
+        (units / name).unlink(missing_ok=True)
+        (units / name).symlink_to(target)
+
+
 def make_ext4(tree: Path, image: Path, size: str, options: list[str], logs: Path) -> None:
     image.unlink(missing_ok=True)
     packages.quiet(["mkfs.ext4", "-q", "-F", *options, "-d", str(tree), str(image), size], logs / f"{image.name}.log")
 
 
 def make_guests(images: Images) -> None:
-    """One tree for all guests: it is an initrd, and it is what a guest's root disk is filled with."""
+    """One tree for all guests, whatever their kernel: with its modules it is an initrd, and what a root disk is filled with."""
     busybox_tree(images.guest)
-    copy_modules(images.packages, recipe.GUEST_MODULES, images.guest, recipe.GUEST_MODULES_LATER)
-    packages.quiet(["depmod", "-b", str(images.guest), images.kernel_version()], images.logs / "depmod.log")
     (images.root / "opt/lab").mkdir(parents=True, exist_ok=True)
     slim = elf.Program((images.root / "usr/bin/fio").read_bytes())
     slim.keep_only(recipe.FIO_LIBRARIES)
@@ -186,9 +249,9 @@ def fetch_i386(images: Images) -> None:
 
 def make_i386(images: Images) -> None:
     """The 32-bit guest. No fio: its libraries would be another Debian; busybox' dd and checksums do."""
-    version = kernel_version(images.packages32)
-    images.vmlinux32.write_bytes(uncompressed_kernel((images.packages32 / "boot" / f"vmlinuz-{version}").read_bytes()))
-    packages.quiet(["depmod", "-b", str(images.packages32), version], images.logs / "depmod.log")
+    found = packages.find_kernel(images.packages32)
+    images.vmlinux32.write_bytes(kernels.uncompressed(found.vmlinuz.read_bytes()))
+    kernels.depmod(images.packages32, found.version, images.logs / "depmod.log")
     tree = images.cache / "guest-i386"
     busybox_tree(tree, images.packages32 / "bin/busybox")
     copy_modules(images.packages32, recipe.GUEST_MODULES, tree)
@@ -207,42 +270,6 @@ def busybox_tree(tree: Path, busybox: Path = Path("/bin/busybox")) -> None:
     for applet in subprocess.run(["/bin/busybox", "--list"], capture_output=True, text=True).stdout.split():
         if applet != "busybox":
             (tree / "bin" / applet).symlink_to("busybox")
-
-
-def module_closure(modules_dep: str, wanted: list[str]) -> list[str]:
-    """Paths of the wanted modules and all they need, in loading order. Pure: takes modules.dep's text."""
-    table: dict[str, tuple[str, list[str]]] = {}
-    for line in modules_dep.splitlines():
-        path, _, needs = line.partition(":")
-        table[Path(path).name.split(".")[0].replace("-", "_")] = (path, needs.split())
-    order: list[str] = []
-    for name in wanted:
-        found = table.get(name.replace("-", "_"))
-        if found is None:
-            continue                    # built into this kernel
-        for path in [*reversed(found[1]), found[0]]:
-            if path not in order:
-                order.append(path)
-    return order
-
-
-def copy_modules(packages_tree: Path, names: list[str], tree: Path, later: list[str] | None = None) -> None:
-    """Copy modules with their dependencies; leaves the loading order in /etc/lab-modules for a plain insmod loop.
-
-    Those `later` are only there, not in that list.
-    """
-    version = kernel_version(packages_tree)
-    base = packages_tree / "lib/modules" / version
-    table = (base / "modules.dep").read_text()
-    order = module_closure(table, names)
-    target = tree / "lib/modules" / version
-    for path in dict.fromkeys(order + module_closure(table, later or [])):
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(base / path, target / path)
-    for index in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
-        shutil.copy(base / index, target / index)
-    lines = [f"/lib/modules/{version}/{path}\n" for path in order]
-    (tree / "etc/lab-modules").write_text("".join(lines))
 
 
 def install_program(root: Path, name: str, tree: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -51,8 +52,8 @@ class GuestConfig:
     vifs: list[str] = field(default_factory=list)               # as in xl.cfg
     root: str = ""                      # "xvda": the initrd goes on to that disk
     blkfront: dict[str, object] = field(default_factory=dict)   # module parameters
-    kernel: str = "/lab/boot/vmlinux"
-    ramdisk: str = "/lab/boot/guest.cpio"
+    kernel: str = ""                    # a name in worlds.KERNELS, or "i386"; "" is the world's own, as dom0's
+    loader: str = ""                    # a file in dom0 in the kernel's place, which finds kernel and initrd by itself
     no_blkfront: bool = False           # leave loading the module to the scenario
     emul_unplug: str = ""               # of an HVM guest's kernel: "never", "unnecessary"
     on_reboot: str = "restart"
@@ -67,11 +68,11 @@ class GuestConfig:
             extra += " lab.blkfront=" + ",".join(f"{name}={value}" for name, value in self.blkfront.items())
         if self.emul_unplug:
             extra += f" xen_emul_unplug={self.emul_unplug}"
-        kernel, more = self.kernel, ""
+        image, more = "vmlinux", ""
         if self.kind == "hvm":
             # hvmloader boots a bzImage by way of the device model. The rest saves what is slow under emulation: 13 s of
             # looking for PCI devices by ports, a screen, USB. builder= is how the handbooks ask for such a guest.
-            kernel = self.kernel.replace("vmlinux", "vmlinuz")
+            image = "vmlinuz"
             extra += " tsc=reliable pci=noearly"
             more = 'builder="hvm"\nacpi=1\nvnc=0\nsdl=0\nnographic=1\nvga="none"\nusb=0\n'
         kind = more or f'type="{self.kind}"\n'
@@ -80,7 +81,10 @@ class GuestConfig:
         # Xen would emulate every RDTSC here, because QEMU's TSC is not invariant, and that is slow: of a PVH guest's each
         # is an exit that QEMU has to emulate too.
         tsc = 'tsc_mode="native"\n' if self.kind == "pvh" else ""
-        return (f'{tsc}name="{self.name}"\n{kind}kernel="{kernel}"\nramdisk="{self.ramdisk}"\n'
+        which = f"-{self.kernel}" if self.kernel else ""
+        boot = (f'kernel="{self.loader}"\n' if self.loader
+                else f'kernel="/lab/boot/{image}{which}"\nramdisk="/lab/boot/guest{which}.cpio"\n')
+        return (f'{tsc}name="{self.name}"\n{kind}{boot}'
                 f'extra="{extra}"\nmemory={self.memory}\nvcpus={self.vcpus}\n'
                 f'on_poweroff="destroy"\non_reboot="{self.on_reboot}"\non_crash="destroy"\ndisk=[{disks}]\nvif=[{vifs}]\n')
 
@@ -115,6 +119,12 @@ class Guest:
         test = f"[ -b /dev/{vdev} ] && [ $(cat /sys/block/{vdev}/size) -gt 0 ]" if present else f"[ ! -e /sys/block/{vdev} ]"
         self.run(f"n=0; until {test}; do n=$((n+1)); [ $n -lt {int(timeout * 5 * self.lab.slow)} ] || "
                  f"{{ echo /dev/{vdev}: present={present} did not come true; exit 1; }}; sleep 0.2; done", timeout + 10)
+
+    def features(self, vdev: str) -> str:
+        """blkfront's own account of what was agreed on, shortened."""
+        line = self.run(f"dmesg | grep 'blkfront: {vdev}'")
+        return ", ".join(f"{name} {value}" for name, value in
+                         re.findall(r"(flush diskcache|barrier or flush|persistent grants|indirect descriptors): (\w+)", line))
 
     # ---- from outside
 

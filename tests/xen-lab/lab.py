@@ -77,7 +77,7 @@ OURS_START, OURS_STOP = (text.replace("NAMES", " ".join(SCRIPT_NAMES)) for text 
 
 class Lab:
     def __init__(self, machine: Machine, slow: float = 1.0) -> None:
-        self.machine, self.slow = machine, slow
+        self.machine, self.slow, self.world = machine, slow, machine.world
         self.backend = ""
         self.guests: list[Guest] = []
         self.notes: list[tuple[str, str]] = []
@@ -86,6 +86,9 @@ class Lab:
         self.last_counts: dict[str, int] | None = None
         self.links: list[str] = []          # made by scenarios, deleted afterwards
         self.sh(f"mkdir -p {IMAGES}")
+        # Under systemd dom0's own number comes some seconds after XenStore, and libxl does nothing without it.
+        self.sh("for i in $(seq 600); do xenstore-read /local/domain/0/domid && exit 0; sleep 0.2; done 2>/dev/null; "
+                "echo XenStore has no /local/domain/0/domid; exit 1", 150)
         self.sniffer = 0                    # see network.sniff
         self._find_programs()
 
@@ -193,10 +196,10 @@ class Lab:
         self.sh(f"cat > {path} <<'END'\n{config.text(self.backend)}END")
         return path
 
-    def create(self, config: GuestConfig, timeout: float = 150) -> Guest:
+    def create(self, config: GuestConfig, timeout: float = 150, paused: bool = False) -> Guest:
         path = self.write_config(config)
         guest = self.adopt(config)
-        self.xl(f"create {path}", timeout)
+        self.xl(f"create {'-p ' if paused else ''}{path}", timeout)
         return guest
 
     def adopt(self, config: GuestConfig) -> Guest:

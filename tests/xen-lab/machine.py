@@ -23,11 +23,6 @@ from progress import Step, say
 #: masking RDTSCP Xen stops PVH guests with an instruction-length mismatch. For the same reason never give Xen
 #: spec-ctrl=no: it turns eager FPU switching off. Nothing here is about Xen, all of it about QEMU's TCG.
 CPU = "max,-smap,-smep,-pku,-la57,-avx512f,-avx2,-avx,-xsave,-rdtscp"
-MEMORY_MB = 4096
-DOM0_MB = 1536
-
-XEN_ARGUMENTS = f"console=com1 com1=115200,8n1 dom0_mem={DOM0_MB}M,max:{DOM0_MB}M loglvl=all guest_loglvl=all conring_size=1M"
-DOM0_ARGUMENTS = "console=hvc0 root=/dev/vda quiet printk.devkmsg=on"
 
 
 class MachineGone(Exception):
@@ -48,8 +43,8 @@ class Result:
 class Machine:
     """Start with `start`, then `run`; `stop` always. With keep=True QEMU outlives this process."""
 
-    def __init__(self, images: build.Images, payload: Path, keep: bool = False, memory_mb: int = MEMORY_MB) -> None:
-        self.images, self.payload, self.keep, self.memory_mb = images, payload, keep, memory_mb
+    def __init__(self, images: build.Images, payload: Path, keep: bool = False) -> None:
+        self.images, self.payload, self.keep, self.world = images, payload, keep, images.world
         self.folder = images.cache / "run"
         self.console_log = self.folder / "console.log"
         self.qemu: subprocess.Popen[bytes] | None = None
@@ -65,10 +60,10 @@ class Machine:
     def command(self) -> list[str]:
         """QEMU's command line. Dom0's disk is opened with snapshot=on: every boot starts from the built image."""
         return [
-            "qemu-system-x86_64", "-name", "xen-lab", "-accel", "tcg,thread=multi", "-m", str(self.memory_mb),
+            "qemu-system-x86_64", "-name", "xen-lab", "-accel", "tcg,thread=multi", "-m", str(self.world.memory_mb),
             "-smp", "2", "-cpu", CPU, "-nodefaults", "-no-reboot", "-display", "none",
-            "-kernel", str(self.images.xen), "-append", XEN_ARGUMENTS,
-            "-initrd", f"{self.images.vmlinuz} {DOM0_ARGUMENTS},{self.images.dom0_initrd}",
+            "-kernel", str(self.images.xen), "-append", self.world.xen_arguments,
+            "-initrd", f"{self.images.kernel.vmlinuz} {self.world.dom0_arguments},{self.images.dom0_initrd}",
             "-drive", f"file={self.images.dom0},if=virtio,format=raw,snapshot=on,cache=unsafe,discard=unmap",
             "-drive", f"file={self.payload},if=virtio,format=raw,readonly=on",
             "-chardev", f"socket,id=console,path={self.folder}/console.sock,server=on,wait=off,logfile={self.console_log}",
@@ -87,7 +82,7 @@ class Machine:
             raise MachineGone(f"a lab machine is running (pid {running}): `run.py stop` ends it")
         for file in ("console.sock", "control.sock", "console.log", "qemu.log"):
             (self.folder / file).unlink(missing_ok=True)
-        with Step("boot Xen and dom0"):
+        with Step(f"boot Xen {self.world.name} and dom0"):
             began = time.monotonic()
             env = dict(os.environ, TMPDIR=str(self.folder))     # where snapshot=on keeps its overlay
             with (self.folder / "qemu.log").open("wb") as log:
@@ -234,6 +229,13 @@ class Machine:
         code, out, error = self.ask({"op": "guest", "name": name, "script": script, "running": running}, timeout,
                                     f"guest {name}: {script[:200]}")
         return Result(code, out.decode(errors="replace"), error)
+
+    def open_console(self, name: str) -> None:
+        """Let the agent hold a guest's console, raw, before the guest says anything: the terminal in between would send it
+        back as an echo."""
+        code, _, error = self.ask({"op": "console", "name": name}, 30, f"console of {name}")
+        if code:
+            raise CommandFailed(f"console of {name}: {error}")
 
     def get(self, path: str, to: Path) -> None:
         """Copy a file out of dom0."""

@@ -56,8 +56,9 @@ def programs(path: Path | None) -> dict[str, Path]:
 def make(images: build.Images, binaries: dict[str, Path]) -> Path:
     """Build the payload disk and return it. The layout below /lab is what scenarios rely on:
 
-    boot/vmlinux, boot/vmlinuz, boot/guest.cpio, boot/vmlinux-i386, boot/guest-i386.cpio, guest-root.img, bin/busybox (dom0's ping,
-    wget and httpd), bin/NAME for each of our programs that is there, dom0/agent.py, dom0/net.py
+    boot/vmlinux-K, boot/vmlinuz-K (compressed) and boot/guest-K.cpio for each kernel K, and without -K for dom0's; the
+    same for i386 where there are 32-bit guests; boot/grub-ARCHITECTURE.bin is pvgrub; guest-root.img,
+    bin/busybox (dom0's ping, wget and httpd), bin/NAME for each of our programs that is there, dom0/agent.py, dom0/net.py
     """
     image = images.cache / "payload.img"
     tree = images.cache / "payload"
@@ -69,8 +70,6 @@ def make(images: build.Images, binaries: dict[str, Path]) -> Path:
             if file.is_file():
                 shutil.copy(file, tree / "dom0" / file.name)
         shutil.copy(HERE / "wire.py", tree / "wire.py")
-        shutil.copy(images.vmlinux, tree / "boot/vmlinux")
-        shutil.copy(images.vmlinuz, tree / "boot/vmlinuz")      # hvmloader wants a bzImage
         shutil.copy(images.guest / "bin/busybox", tree / "bin/busybox")
         for name, file in binaries.items():
             shutil.copy(file, tree / "bin" / name)
@@ -80,9 +79,20 @@ def make(images: build.Images, binaries: dict[str, Path]) -> Path:
         shutil.rmtree(overlay, ignore_errors=True)
         overlay.mkdir()
         guest_overlay(overlay)
-        (tree / "boot/guest.cpio").write_bytes(images.guest_initrd.read_bytes() + archive(overlay))
-        shutil.copy(images.vmlinux32, tree / "boot/vmlinux-i386")
-        (tree / "boot/guest-i386.cpio").write_bytes(images.guest32_initrd.read_bytes() + archive(overlay))
+        above = archive(overlay)
+        for name, kernel in images.kernels.items():
+            shutil.copy(kernel.vmlinux, tree / f"boot/vmlinux-{name}")
+            shutil.copy(kernel.vmlinuz, tree / f"boot/vmlinuz-{name}")
+            (tree / f"boot/guest-{name}.cpio").write_bytes(
+                images.guest_initrd.read_bytes() + kernel.modules.read_bytes() + above)
+        for name in ("vmlinux", "vmlinuz"):
+            (tree / "boot" / name).symlink_to(f"{name}-{images.world.kernel}")
+        (tree / "boot/guest.cpio").symlink_to(f"guest-{images.world.kernel}.cpio")
+        for file in (images.pvgrub / "usr/lib/grub-xen").glob("*.bin"):
+            shutil.copy(file, tree / "boot" / file.name)
+        if images.world.guest32:
+            shutil.copy(images.vmlinux32, tree / "boot/vmlinux-i386")
+            (tree / "boot/guest-i386.cpio").write_bytes(images.guest32_initrd.read_bytes() + above)
         _guest_root(images, tree / "guest-root.img")
         size = sum(file.stat().st_blocks * 512 for file in tree.rglob("*")) // (1 << 20) + 64
         build.make_ext4(tree, image, f"{size}M", ["-O", "^has_journal"], images.logs)
@@ -94,6 +104,9 @@ def _guest_root(images: build.Images, image: Path) -> None:
     tree = images.cache / "guest-root"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(images.guest, tree, symlinks=True)
+    for kernel in images.kernels.values():
+        modules = kernel.folder / "guest-modules/usr/lib/modules"
+        shutil.copytree(modules, tree / "usr/lib/modules", dirs_exist_ok=True)
     guest_overlay(tree)
     (tree / "lab/on-disk").touch()
     build.make_ext4(tree, image, "512M", [], images.logs)

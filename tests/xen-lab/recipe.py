@@ -1,20 +1,9 @@
-"""What the machines are made of. Changing a line here rebuilds exactly what depends on it."""
+"""What all machines have in common; worlds.py says what they differ in. Changing a line rebuilds exactly what depends on it."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-
-SUITE = "bookworm"
-XEN = "4.17"
-HYPERVISOR_PACKAGE = f"xen-hypervisor-{XEN}-amd64"
-
-#: dom0: Xen's tools, what its scripts call, what the scenarios measure with. python3 comes with xen-utils
-#: (pygrub needs it), which is why the agent inside dom0 may be Python.
-DOM0_PACKAGES = [
-    "kmod", "iproute2", "procps", "util-linux", "e2fsprogs", f"xen-utils-{XEN}", "xenstore-utils",
-    "qemu-system-xen", "fio", "iperf3", "ethtool", "nftables", "bridge-utils", "strace", "ocfs2-tools", "qemu-utils",
-]
 
 #: Module folders copied into dom0 (below lib/modules/VERSION/kernel). The whole package is 380 MB, mostly
 #: drivers no emulated machine has.
@@ -33,6 +22,10 @@ DOM0_MODULE_FILES = [
 #: What dom0's initrd loads to reach its root disk and the payload disk; dependencies are resolved.
 DOM0_INITRD_MODULES = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4"]
 
+#: Units that cost a dom0 under systemd time at its start, or wake up while something is measured.
+MASKED_UNITS = ["apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
+                "fstrim.timer", "grub-common.service", "getty@tty1.service", "systemd-pstore.service", "systemd-logind.service"]
+
 #: What every guest has.
 GUEST_MODULES = ["xen-blkfront", "xen-netfront", "crc32c_generic", "ext4"]
 #: What guests have besides, loaded by the scenario that wants it (`modprobe`): tagged frames, bridge protocol frames,
@@ -47,6 +40,8 @@ GUEST_TOOLS = [
     # ocfs2_hb_ctl is run by the kernel when a file system is unmounted.
     "/sbin/mkfs.ocfs2", "/sbin/mount.ocfs2", "/sbin/ocfs2_hb_ctl", "/usr/bin/flock",
 ]
+#: pvgrub, a guest's boot loader as its kernel= in xl.cfg.
+PVGRUB_PACKAGE = "grub-xen-host"
 #: A 32-bit guest (x86_32-abi): kernel, frontend, busybox. Its kernel runs 32-bit programs only, busybox included.
 I386_KERNEL = "linux-image-686-pae:i386"
 I386_BUSYBOX = "busybox-static:i386"

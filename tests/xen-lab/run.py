@@ -28,6 +28,7 @@ import scenario as scenarios  # noqa: E402
 import terminal  # noqa: E402
 from lab import BACKENDS, Lab  # noqa: E402
 from progress import die, say  # noqa: E402
+from worlds import DEFAULT_WORLD, WORLDS, World  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,8 +45,12 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--binary", type=Path, help="a folder with our programs, or our blkback with the others beside "
                              "it (static, or for glibc 2.36); copied into dom0")
         command.add_argument("--backend", help="comma separated: " + ", ".join(BACKENDS))
+    for name in ("build", "test", "shell"):
+        commands.choices[name].add_argument("--world", default="", metavar="V", help="Xen's version: " + ", ".join(WORLDS)
+                                            + f"; build and test take several, with commas; by default {DEFAULT_WORLD}")
     test = commands.choices["test"]
-    test.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="name or name[backend]; none means all")
+    test.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="name, name[backend], "
+                      "and either with @WORLD for one of the worlds only; none means all")
     test.add_argument("--keep", action="store_true", help="leave the machine running; `shell` then connects to it")
     test.add_argument("--on-kept", action="store_true", help="use the machine an earlier --keep left: no boot, but also "
                       "its agent; what --binary names is copied in (and the machine stays)")
@@ -60,21 +65,34 @@ def main() -> int:
         for entry in scenarios.load():
             print(f"{entry.name:<18} {','.join(entry.backends):<18} {entry.about}{' (by name only)' if entry.by_name_only else ''}")
         return 0
+    worlds = chosen_worlds(getattr(args, "world", ""))
+    running = [world for world in WORLDS if machines.running_pid(args.cache / world / "run")]
     if args.command == "stop":
-        print("stopped" if machines.stop_kept(args.cache / "run") else "no machine is running")
+        ended = [world for world in running if machines.stop_kept(args.cache / world / "run")]
+        print("stopped " + ", ".join(ended) if ended else "no machine is running")
         return 0
-    if args.command == "shell" and machines.running_pid(args.cache / "run"):
-        return terminal.attach(args.cache / "run/console.sock", "a kept machine; `run.py stop` ends it")
+    if args.command == "shell" and running and (not args.world or worlds[0].name in running):
+        world = worlds[0].name if args.world else running[0]
+        return terminal.attach(args.cache / world / "run/console.sock", f"a kept machine, Xen {world}; `run.py stop` ends it")
     if getattr(args, "binary", None):
         if not args.binary.exists():
             die(f"--binary {args.binary}: no such file or folder")
         if payload.PROGRAMS[0] not in payload.programs(args.binary):
             die(f"--binary {args.binary}: there is no {payload.PROGRAMS[0]} in it")
     # A kept machine runs on the images as they were: they are not touched under it.
-    images = build.Images(args.cache) if getattr(args, "on_kept", False) else build.build(args.cache)
+    images = [build.Images(args.cache, world) if getattr(args, "on_kept", False) else build.build(args.cache, world)
+              for world in (worlds[:1] if args.command == "shell" else worlds)]
     if args.command == "build":
         return 0
-    return shell(args, images) if args.command == "shell" else test(args, images)
+    return shell(args, images[0]) if args.command == "shell" else test(args, images)
+
+
+def chosen_worlds(names: str) -> list[World]:
+    """`4.17,4.20` as worlds."""
+    for name in (chosen := (names or DEFAULT_WORLD).split(",")):
+        if name not in WORLDS:
+            die(f"--world {name}: not one of {', '.join(WORLDS)}")
+    return [WORLDS[name] for name in chosen]
 
 
 def backends(args: argparse.Namespace) -> list[str]:
@@ -94,40 +112,62 @@ def shell(args: argparse.Namespace, images: build.Images) -> int:
     try:
         machine.start()
         Lab(machine).use_backend(backend)
-        return terminal.attach(machine.folder / "console.sock", f"backend {backend}; kernel and initrd for guests in /lab/boot")
+        return terminal.attach(machine.folder / "console.sock", f"Xen {images.world.name}, backend {backend}; kernel and initrd for guests in /lab/boot")
     finally:
         machine.stop()
 
 
-def test(args: argparse.Namespace, images: build.Images) -> int:
+def test(args: argparse.Namespace, images: list[build.Images]) -> int:
+    """The chosen scenarios in each world, one machine after the other: two at once would need twice the memory."""
     try:
         chosen = backends(args)
-        runs = (scenarios.choose(scenarios.load(), args.scenarios, chosen) if chosen
-                else scenarios.choose_default(scenarios.load(), args.scenarios, bool(args.binary)))
+        known = scenarios.load()
+        runs = {world.world.name: scenarios.choose_in(known, args.scenarios, world.world.name, chosen, bool(args.binary)) for world in images}
     except KeyError as error:
         die(str(error.args[0]))
-    if not runs:
-        die("no scenario fits these backends")
+    if not any(runs.values()):
+        die("no scenario fits these backends and worlds")
     logs = args.cache / "logs"
     shutil.rmtree(logs, ignore_errors=True)
-    if not args.on_kept:
-        payload.make(images, payload.programs(args.binary))
-    elif not machines.running_pid(args.cache / "run"):
-        die("--on-kept: no machine is running; start one with --keep")
     outcomes: list[scenarios.Outcome] = []
     began = time.monotonic()
+    boots = 0
+    try:
+        for world in images:
+            boots += in_world(args, world, runs[world.world.name], logs, outcomes) if runs[world.world.name] else 0
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    print("\n" + report.table(outcomes, [world.world.name for world in images]))
+    for line in report.ratios(outcomes):
+        print("ratio: " + line)
+    failed = sum(not outcome.passed for outcome in outcomes)
+    print(f"\n{len(outcomes)} runs, {failed} failed, {boots} boot(s), {time.monotonic() - began:.0f} s"
+          + (f"; logs in {logs}" if failed else ""))
+    return 1 if failed else 0
+
+
+def in_world(args: argparse.Namespace, images: build.Images, runs: list[scenarios.Run], logs: Path,
+             outcomes: list[scenarios.Outcome]) -> int:
+    """Run scenarios in one world; adds to `outcomes`. Returns how often a machine was booted for it."""
+    name = images.world.name
+    if not args.on_kept:
+        payload.make(images, payload.programs(args.binary))
+    elif not machines.running_pid(images.cache / "run"):
+        die(f"--on-kept: no machine with Xen {name} is running; start one with --keep")
     lab: Lab | None = None
     machine: machines.Machine | None = None
     boots = 0
     try:
         for number, run in enumerate(runs, 1):
-            say(f"[{number}/{len(runs)}] {run.title}: {run.scenario.about}")
+            count = f"[{number}/{len(runs)}] Xen {name}: {run.title}"
+            say(f"{count}: {run.scenario.about}")
             if lab is None:
                 machine = machines.Machine(images, images.cache / "payload.img", keep=args.keep)
                 if args.on_kept and not boots:
                     machine.connect(30)
                 else:
-                    machine.start(180 * args.slow)
+                    machine.start(images.world.boot_seconds * args.slow)
                     boots += 1
                 lab = Lab(machine, args.slow)
                 if args.on_kept and not boots:
@@ -136,15 +176,12 @@ def test(args: argparse.Namespace, images: build.Images) -> int:
             if run.scenario.network and run.backend == "ours" and not lab.has_network:
                 say(f"NOT TESTED: {run.title}: no netback and bridge-scripts beside blkback")
                 continue
-            outcome = one(lab, run, logs)
+            outcome = one(lab, run, logs / name)
             outcomes.append(outcome)
-            say(f"[{number}/{len(runs)}] {run.title}: {'ok' if outcome.passed else 'FAILED'} {outcome.seconds:.1f} s")
+            say(f"{count}: {'ok' if outcome.passed else 'FAILED'} {outcome.seconds:.1f} s")
             if not machine.alive():
                 machine.stop()
                 lab = None      # the next scenario gets a new machine
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
     finally:
         if machine:
             if (args.keep or machine.qemu is None) and machine.alive():
@@ -152,13 +189,7 @@ def test(args: argparse.Namespace, images: build.Images) -> int:
                 say("the machine is still running: `run.py shell` connects, `run.py stop` ends it")
             else:
                 machine.stop()
-    print("\n" + report.table(outcomes))
-    for line in report.ratios(outcomes):
-        print("ratio: " + line)
-    failed = sum(not outcome.passed for outcome in outcomes)
-    print(f"\n{len(outcomes)} runs, {failed} failed, {boots} boot(s), {time.monotonic() - began:.0f} s"
-          + (f"; logs in {logs}" if failed else ""))
-    return 1 if failed else 0
+    return boots
 
 
 def one(lab: Lab, run: scenarios.Run, logs: Path) -> scenarios.Outcome:
@@ -197,7 +228,7 @@ def one(lab: Lab, run: scenarios.Run, logs: Path) -> scenarios.Outcome:
         why = (why + "\n" if why else "") + f"while collecting logs: {error}"
     if why:
         say(f"    {run.title} FAILED: {why}")
-    return scenarios.Outcome(run, not why, time.monotonic() - began, why, lab.notes)
+    return scenarios.Outcome(run, not why, time.monotonic() - began, why, lab.notes, lab.world.name)
 
 
 def tail(lab: Lab, run: scenarios.Run, logs: Path) -> None:

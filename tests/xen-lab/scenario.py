@@ -36,6 +36,11 @@ class Scenario:
     network: bool = False
     #: Lower runs earlier.
     order: int = 50
+    #: The worlds (worlds.py) that have what it needs; empty means all.
+    worlds: tuple[str, ...] = ()
+
+    def fits(self, world: str) -> bool:
+        return not self.worlds or world in self.worlds
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,15 @@ def load(folder: Path = FOLDER) -> list[Scenario]:
             if isinstance(value, Scenario) and found.setdefault(value.name, value) is not value:
                 raise ValueError(f"{file.name}: there are two scenarios named {value.name}")
     return sorted(found.values(), key=lambda scenario: (scenario.order, scenario.name))
+
+
+def choose_in(scenarios: list[Scenario], names: list[str], world: str, backends: list[str], binary: bool) -> list[Run]:
+    """The runs in one world. A name may end in `@WORLD`, and is then for that world only; no backends means the defaults."""
+    here = [name for name, _, only in (name.partition("@") for name in names) if not only or only == world]
+    if names and not here:
+        return []
+    runs = choose(scenarios, here, backends) if backends else choose_default(scenarios, here, binary)
+    return [run for run in runs if run.scenario.fits(world)]
 
 
 def choose_default(scenarios: list[Scenario], names: list[str], binary: bool) -> list[Run]:
@@ -112,3 +126,4 @@ class Outcome:
     seconds: float
     why: str = ""
     notes: list[tuple[str, str]] = field(default_factory=list)
+    world: str = ""

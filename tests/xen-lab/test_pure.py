@@ -18,6 +18,7 @@ import checks  # noqa: E402
 import counts  # noqa: E402
 import cpio  # noqa: E402
 import elf  # noqa: E402
+import kernel  # noqa: E402
 import machine  # noqa: E402
 import network  # noqa: E402
 import packages  # noqa: E402
@@ -26,6 +27,7 @@ import recipe  # noqa: E402
 import report  # noqa: E402
 import scenario  # noqa: E402
 import wire  # noqa: E402
+import worlds  # noqa: E402
 import xentrace  # noqa: E402
 from guest import Disk, GuestConfig  # noqa: E402
 
@@ -88,8 +90,45 @@ class Packages(unittest.TestCase):
 class Build(unittest.TestCase):
     def test_modules_come_after_what_they_need(self) -> None:
         table = "kernel/a/top-mod.ko: kernel/a/mid.ko kernel/a/low.ko\nkernel/a/mid.ko: kernel/a/low.ko\nkernel/a/low.ko:\n"
-        self.assertEqual(build.module_closure(table, ["top_mod", "low", "built_in"]),
+        self.assertEqual(kernel.module_closure(table, ["top_mod", "low", "built_in"]),
                          ["kernel/a/low.ko", "kernel/a/mid.ko", "kernel/a/top-mod.ko"])
+
+    def test_compressed_modules_are_unpacked(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / "in/usr/lib/modules/6.99"
+            for name in ("kernel/low.ko.xz", "kernel/top.ko.xz"):
+                (base / name).parent.mkdir(parents=True, exist_ok=True)
+                (base / name).write_bytes(lzma.compress(name.encode()))
+            (base / "modules.dep").write_text("kernel/top.ko.xz: kernel/low.ko.xz\nkernel/low.ko.xz:\n")
+            for index in ("modules.order", "modules.builtin", "modules.builtin.modinfo", "vmlinuz"):
+                (base / index).write_text("kernel/top.ko.xz\n")
+            out = Path(folder) / "out"
+            (out / "etc").mkdir(parents=True)
+            kernel.copy_modules(Path(folder) / "in", ["top"], out)
+            self.assertEqual((out / "etc/lab-modules").read_text().split(),
+                             ["/lib/modules/6.99/kernel/low.ko", "/lib/modules/6.99/kernel/top.ko"])
+            self.assertEqual((out / "lib/modules/6.99/kernel/top.ko").read_text(), "kernel/top.ko.xz")
+            self.assertEqual((out / "lib/modules/6.99/modules.order").read_text(), "kernel/top.ko\n")
+
+    def test_what_is_in_a_bzimage(self) -> None:
+        for packed in (lzma.compress(b"the kernel"), subprocess.run(["zstd", "-c"], input=b"the kernel", stdout=subprocess.PIPE, check=True).stdout):
+            image = bytearray(1024)     # two sectors in front, the payload 64 bytes further
+            image[0x1F1] = 1
+            struct.pack_into("<II", image, 0x248, 64, len(packed) + 4)
+            self.assertEqual(kernel.uncompressed(bytes(image) + bytes(64) + packed + b"size"), b"the kernel")
+        self.assertRaises(ValueError, kernel.uncompressed, bytes(2048))
+
+    def test_the_images_from_before_there_were_worlds(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            cache = Path(folder)
+            for name in ("dom0-root/bin", "packages/boot", "logs", "kernels/6.1"):
+                (cache / name).mkdir(parents=True)
+            for name in ("debootstrap.key", "dom0.img", "dom0.key"):
+                (cache / name).write_text(name)
+            for _ in range(2):
+                build.adopt(cache)
+                self.assertEqual(sorted(path.name for path in cache.iterdir()), ["4.17", "kernels"])
+                self.assertEqual(sorted(path.name for path in (cache / "4.17").iterdir()), ["debootstrap.key", "dom0-root"])
 
     def test_key_changes_with_every_part(self) -> None:
         self.assertEqual(recipe.key("a", ["b"]), recipe.key("a", ["b"]))
@@ -334,6 +373,18 @@ class Scenarios(unittest.TestCase):
         self.assertEqual([run.title for run in scenario.choose(some, ["b", "q[qdisk]"], ["kernel", "qdisk"])], ["q[qdisk]", "b[kernel]"])
         self.assertRaises(KeyError, scenario.choose, some, ["nope"], ["kernel"])
 
+    def test_a_name_for_one_world(self) -> None:
+        def nothing(lab: object) -> None: ...
+        some = [scenario.Scenario(name, "", nothing, worlds=of) for name, of in (("a", ()), ("b", ()), ("new", ("4.20",)))]
+
+        def titles(names: list[str], world: str) -> list[str]:
+            return [run.title for run in scenario.choose_in(some, names, world, ["ours"], True)]
+        self.assertEqual((titles([], "4.17"), titles([], "4.20")), (["a[ours]", "b[ours]"], ["a[ours]", "b[ours]", "new[ours]"]))
+        names = ["a", "b[ours]@4.17"]
+        self.assertEqual((titles(names, "4.17"), titles(names, "4.20")), (["a[ours]", "b[ours]"], ["a[ours]"]))
+        self.assertEqual((titles(["b@4.17"], "4.20"), titles(["new"], "4.17")), ([], []))
+        self.assertRaises(KeyError, titles, ["nope"], "4.17")
+
     def test_defaults(self) -> None:
         def nothing(lab: object) -> None: ...
         some = [scenario.Scenario("a", "", nothing), scenario.Scenario("m", "", nothing, ("kernel", "qdisk", "ours"), compare=True)]
@@ -356,17 +407,33 @@ class Scenarios(unittest.TestCase):
         outcomes = [scenario.Outcome(scenario.Run(one, "kernel"), True, 1.0, "", [("time", "4.0 s")]),
                     scenario.Outcome(scenario.Run(one, "ours"), False, 2.0, "because", [("time", "2.0 s")])]
         text = report.table(outcomes)
-        self.assertIn("t[ours]    FAILED", text)
+        self.assertRegex(text, r"(?m)^t\[ours\]    FAILED       2.0$")
         self.assertIn("because", text)
         self.assertEqual(report.ratios(outcomes), ["t: time: kernel 4, ours 2 (2.00×; follows the host load)"])
+
+    def test_a_column_for_each_world(self) -> None:
+        def nothing(lab: object) -> None: ...
+        both, new = (scenario.Run(scenario.Scenario(name, "", nothing, worlds=of), "ours") for name, of in (("both", ()), ("new", ("4.20",))))
+        self.assertTrue(both.scenario.fits("4.17") and new.scenario.fits("4.20") and not new.scenario.fits("4.17"))
+        text = report.table([scenario.Outcome(both, True, 1.0, "", [], "4.17"), scenario.Outcome(both, False, 2.0, "because", [], "4.20"),
+                             scenario.Outcome(new, True, 3.0, "", [("figure", "1")], "4.20")], ["4.17", "4.20"])
+        self.assertEqual([line.split() for line in text.splitlines()[:3]],
+                         [["scenario", "Xen", "4.17", "seconds", "Xen", "4.20", "seconds"],
+                          ["both[ours]", "ok", "1.0", "FAILED", "2.0"], ["new[ours]", "-", "ok", "3.0"]])
+        self.assertIn("both[ours] on Xen 4.20: because", text)
+        self.assertIn("new[ours] on Xen 4.20: figure: 1", text)
 
 
 class Machines(unittest.TestCase):
     def test_command_line_holds_what_emulation_needs(self) -> None:
-        images = build.Images(Path("/cache"))
-        line = " ".join(machine.Machine(images, Path("/cache/payload.img")).command())
-        for needed in ("-smap", "-avx", "-rdtscp", "snapshot=on", "lab.control", "tcg"):
-            self.assertIn(needed, line)
+        for world in worlds.WORLDS.values():
+            images = build.Images(Path("/cache"), world)
+            line = " ".join(machine.Machine(images, Path("/cache/payload.img")).command())
+            for needed in ("-smap", "-avx", "-rdtscp", "-xsave", "snapshot=on", "lab.control", "tcg", f"/cache/{world.name}/dom0.img",
+                           f"-m {world.memory_mb} ", f"dom0_mem={world.dom0_mb}M", f"lab.init={world.init}"):
+                self.assertIn(needed, line)
+            # QEMU takes a comma for the beginning of the next module.
+            self.assertNotIn(",", world.dom0_arguments)
 
     def test_a_stale_pid_file_is_no_machine(self) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ file travels in the payload), so it imports nothing of the lab.
                   {"id": 8, "op": "get", "path": "/var/log/…"}
                   {"id": 12, "op": "put", "path": "/run/…", "data": "<base64>", "append": false, "mode": 493}
                   {"id": 9, "op": "guest", "name": "g1", "script": "…", "timeout": 60}
+                  {"id": 13, "op": "console", "name": "g1"}    open a guest's console before it says anything
                   {"id": 10, "op": "release"}          let go of guests' consoles, so that a person can use them
                   {"id": 11, "op": "hello"}
     dom0 → host   {"hello": "…"}                       once at the start, and as answer to "hello"

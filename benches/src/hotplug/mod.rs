@@ -34,7 +34,7 @@ use crate::placement;
     dom0-bench hotplug --stock /               a machine with Debian's xen-utils-common and xenstore-utils\n  \
     dom0-bench hotplug --stock FOLDER          that root, made elsewhere, for example by\n    \
     debootstrap --include=xen-utils-common,xenstore-utils,bridge-utils bookworm FOLDER\n    \
-    or by tests/xen-lab/run.py build, which leaves one in target/xen-lab/dom0-root\n\
+    or by tests/xen-lab/run.py build, which leaves one in target/xen-lab/4.17/dom0-root\n\
     The scripts run inside that root, in a mount namespace of their own; nothing is written to it. They find the emulated \
     machine's XenStore at /run/xenstored/socket."
 )]

@@ -267,6 +267,10 @@ class Agent:
                     del self.consoles[message["name"]]
             raise
 
+    def op_console(self, message: wire.Message, out) -> int:
+        self.console(message["name"], time.monotonic() + 20)
+        return 0
+
     def op_release(self, message: wire.Message, out) -> int:
         with self.consoles_lock:
             for console in self.consoles.values():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from lab import Disk, GuestConfig, Lab
 from scenario import Scenario
 
@@ -33,7 +31,7 @@ def run_kind(lab: Lab, kind: str) -> None:
         cache = guest.run(f"cat /sys/block/{vdev}/queue/write_cache").strip()
         assert cache == "write back", f"{vdev}: write_cache is {cache!r}"
     discard = int(guest.run("cat /sys/block/xvdb/queue/discard_max_bytes"))
-    lab.note("features", features(guest.run("dmesg | grep 'blkfront: xvdb'")) + f"; discard {'yes' if discard else 'no'}")
+    lab.note("features", guest.features("xvdb") + f"; discard {'yes' if discard else 'no'}")
 
     lab.step("fio with crc32c verification")
     guest.run(VERIFY, 240)
@@ -59,12 +57,6 @@ def run_kind(lab: Lab, kind: str) -> None:
     lab.step("the root file after a clean shutdown")
     # The guest's root was mounted until the end; its journal is replayed, then all must be in order.
     lab.sh(f"e2fsck -fy {root}; e2fsck -fn {root}")
-
-
-def features(line: str) -> str:
-    """blkfront's own account of what was agreed on, shortened."""
-    return ", ".join(f"{name} {value}" for name, value in
-                     re.findall(r"(flush diskcache|barrier or flush|persistent grants|indirect descriptors): (\w+)", line))
 
 
 PV = Scenario("tour-pv", "root on a sparse file, data on phy:, fio crc32c, trim, mkfs, sha256, e2fsck (PV)",
