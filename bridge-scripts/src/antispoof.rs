@@ -12,11 +12,16 @@
 //! * IPv6 from its own addresses and its link-local one, neighbour discovery about itself, MLD reports; no router
 //!   advertisements, redirects, MLD queries or DHCPv6 answers, and no extension headers that they could hide behind. Of
 //!   those only fragments are let through, whose first must show that it is none of this;
-//! * VLAN tags only where `vlan=` gives them, one each;
+//! * VLAN tags only where `vlan=` gives them, one each; without a VLAN's number (priority tags, IEEE 802.1Q) they count as
+//!   none, and everything here holds for what is behind them;
 //! * never what switches and access points say to each other (spanning tree, LLDP, pause, 802.1X, PPPoE, ...), nor what
 //!   carries whole frames inside.
 //!
 //! Where no addresses are known (no `ip=`) any unicast address will do as a source, and unknown protocols pass.
+//!
+//! `nft`, when it loads what it has listed, makes one match of two that look at bytes side by side. So equalities stand in
+//! the order of the bytes; and no rule has two inequalities about neighbours such as UDP's ports, because of `sport != 67
+//! dport != 68` nft (seen in 1.0.6) makes "not both": what is unwanted is dropped by rules of its own instead.
 //!
 //! What this costs honest guests: IPv6 link-local addresses that are not made from the Ethernet address (RFC 7217) must
 //! be named in `ip=`; neighbour discovery with more than its one usual option (such as SEND's) is dropped; and so are
@@ -114,6 +119,7 @@ pub fn table(vif: &str, rules: &Rules) -> Table {
         device: Some(vif.to_owned()),
         policy: Policy::Drop,
     };
+    // `nft` cannot read a chain's name that is a word of its own language, such as arp.
     let chain = |name: &str, rules: Vec<Rule>| Chain { name: name.to_owned(), hook: None, rules };
     Table {
         family: Family::Netdev,
@@ -122,16 +128,17 @@ pub fn table(vif: &str, rules: &Rules) -> Table {
         // The kernel wants a chain to be there before a rule jumps to it; all are made first.
         chains: vec![
             Chain { name: "ingress".to_owned(), hook: Some(ingress), rules: link(rules) },
-            chain("station", station(rules)),
-            chain("arp", arp(rules)),
-            chain("ip4", ip4(rules)),
-            chain("ip4_own", ip4_own()),
-            chain("ip6", ip6(rules)),
-            chain("ip6_nobody", ip6_nobody()),
-            chain("ip6_own", ip6_own()),
-            chain("icmp6", icmp6(rules)),
-            chain("mld", mld()),
-            chain("fragment", fragment()),
+            chain("guest_station", station(rules)),
+            chain("guest_arp", arp(rules)),
+            chain("guest_ip4", ip4(rules)),
+            chain("guest_ip4_own", ip4_own()),
+            chain("guest_ip6", ip6(rules)),
+            chain("guest_ip6_nobody", ip6_nobody()),
+            chain("guest_ip6_own", ip6_own()),
+            chain("guest_icmp6", icmp6(rules)),
+            chain("guest_mld", mld()),
+            chain("guest_fragment", fragment()),
+            chain("guest_target", target(rules)),
         ],
     }
 }
@@ -177,6 +184,11 @@ fn between(field: Field, from: u64, to: u64) -> Match {
     Match::Range { field, not: false, from: from.into(), to: to.into() }
 }
 
+/// The packet is long enough to have the field.
+fn is_there(field: Field) -> Match {
+    Match::Is(field, Op::Ge, 0.into())
+}
+
 /// Addresses and tags.
 fn link(rules: &Rules) -> Vec<Rule> {
     let groups = |first: [u8; 6], last: [u8; 6]| Match::Range {
@@ -199,13 +211,21 @@ fn link(rules: &Rules) -> Vec<Rule> {
     let group = Match::Masked(Field::Raw(Base::Link, 0, 8), 1, Op::Eq, 1);
     list.push(drop([group, over(GROUP_LIMIT)], "too many for groups and everybody"));
     for &(first, last) in &rules.vlans.tagged {
-        list.push(goto([between(Field::VlanId, first.into(), last.into())], "station"));
+        let tag = match first == last {
+            true => Match::is(Field::VlanId, u64::from(first)),
+            false => between(Field::VlanId, first.into(), last.into()),
+        };
+        list.push(goto([tag], "guest_station"));
+    }
+    if rules.vlans.untagged {
+        // A priority tag is in no VLAN.
+        list.push(goto([Match::is(Field::VlanId, 0)], "guest_station"));
     }
     // Here the tag is seen even though the kernel has taken it off already.
     list.push(drop([Match::is(Field::EtherType, VLAN)], "not its VLAN"));
     list.extend(OTHER_TAGS.map(|tag| drop([Match::is(Field::EtherType, tag)], "no tag of 802.1Q")));
     if rules.vlans.untagged {
-        list.push(goto([Match::not(Field::EtherType, VLAN)], "station"));
+        list.push(goto([Match::not(Field::EtherType, VLAN)], "guest_station"));
     }
     list
 }
@@ -218,9 +238,9 @@ fn station(rules: &Rules) -> Vec<Rule> {
         .map(|tag| drop([Match::is(Field::Protocol, tag)], "a tag in a tag"))
         .collect();
     list.push(drop([Match::Is(Field::Protocol, Op::Lt, 0x600.into())], "802.3 with LLC or SNAP"));
-    list.push(goto([Match::is(Field::Protocol, ARP)], "arp"));
-    list.push(goto([Match::is(Field::Protocol, IP)], "ip4"));
-    list.push(goto([Match::is(Field::Protocol, IP6)], "ip6"));
+    list.push(goto([Match::is(Field::Protocol, ARP)], "guest_arp"));
+    list.push(goto([Match::is(Field::Protocol, IP)], "guest_ip4"));
+    list.push(goto([Match::is(Field::Protocol, IP6)], "guest_ip6"));
     if rules.addresses.is_empty() {
         list.extend(FOREIGN.map(|foreign| drop([Match::is(Field::Protocol, foreign)], "not for guests")));
         list.push(accept([Match::Is(Field::Protocol, Op::Ge, 0x600.into())]));
@@ -276,7 +296,7 @@ fn ip4(rules: &Rules) -> Vec<Rule> {
     for address in rules.except.iter().filter(|address| address.is_ipv4()) {
         list.push(drop([Match::Is(Field::IpSaddr, Op::Eq, crate::nft::Value::Ip(*address))], "the gateway's address"));
     }
-    list.push(goto([Match::is(Field::IpVersion, 4), Match::within(Field::IpSaddr, FOUR)], "ip4_own"));
+    list.push(goto([Match::is(Field::IpVersion, 4), Match::within(Field::IpSaddr, FOUR)], "guest_ip4_own"));
     list
 }
 
@@ -285,8 +305,10 @@ fn ip4_own() -> Vec<Rule> {
     vec![
         // The transport header is in the first fragment, which is looked at like a whole packet.
         accept([Match::Masked(Field::IpFragOff, 0x1fff, Op::Ne, 0)]),
-        accept([Match::not(Field::UdpSport, 67), Match::not(Field::UdpDport, 68)]),
-        drop([Match::is(Field::L4proto, UDP)], "DHCP answers"),
+        drop([Match::is(Field::UdpSport, 67)], "DHCP answers"),
+        drop([Match::is(Field::UdpDport, 68)], "DHCP answers"),
+        accept([is_there(Field::UdpDport)]),
+        drop([Match::is(Field::L4proto, UDP)], "UDP without ports"),
         accept([Match::not(Field::IcmpType, 5), Match::not(Field::IcmpType, 9)]),
         drop([Match::is(Field::L4proto, 1)], "ICMP redirects and router advertisements"),
         accept([Match::not(Field::IgmpType, 0x11)]),
@@ -297,12 +319,14 @@ fn ip4_own() -> Vec<Rule> {
 }
 
 fn ip6(rules: &Rules) -> Vec<Rule> {
-    let mut list =
-        vec![goto([Match::is(Field::Ip6Version, 6), Match::is(Field::Ip6Saddr, Ipv6Addr::UNSPECIFIED)], "ip6_nobody")];
+    let mut list = vec![goto(
+        [Match::is(Field::Ip6Version, 6), Match::is(Field::Ip6Saddr, Ipv6Addr::UNSPECIFIED)],
+        "guest_ip6_nobody",
+    )];
     for address in rules.except.iter().filter(|address| address.is_ipv6()) {
         list.push(drop([Match::Is(Field::Ip6Saddr, Op::Eq, crate::nft::Value::Ip(*address))], "the gateway's address"));
     }
-    list.push(goto([Match::is(Field::Ip6Version, 6), Match::within(Field::Ip6Saddr, SIX)], "ip6_own"));
+    list.push(goto([Match::is(Field::Ip6Version, 6), Match::within(Field::Ip6Saddr, SIX)], "guest_ip6_own"));
     list
 }
 
@@ -317,9 +341,9 @@ const TARGET: Field = after(8, 128);
 /// A message of neighbour discovery: of this type, with so many bytes, from the same link.
 fn discovery(kind: u64, bytes: u64) -> Vec<Match> {
     vec![
+        Match::is(Field::Ip6Length, bytes),
         Match::is(Field::Ip6Nexthdr, ICMPV6),
         Match::is(Field::Ip6Hoplimit, 255),
-        Match::is(Field::Ip6Length, bytes),
         Match::is(Field::Icmpv6Type, kind),
         Match::is(Field::Icmpv6Code, 0),
     ]
@@ -330,17 +354,38 @@ fn with(mut matches: Vec<Match>, more: impl IntoIterator<Item = Match>) -> Rule 
     accept(matches)
 }
 
+/// The same, if the target is the guest's too.
+fn about_target(mut matches: Vec<Match>, more: impl IntoIterator<Item = Match>) -> Rule {
+    matches.extend(more);
+    goto(matches, "guest_target")
+}
+
+/// Neighbour discovery about the guest's own addresses. The set of them cannot be asked: a place in a packet has no type
+/// for `nft`, and it does not read back what it lists of a place and a set with a type.
+fn target(rules: &Rules) -> Vec<Rule> {
+    let within = |(first, last): (IpAddr, IpAddr)| {
+        if first == last {
+            return accept([Match::Is(TARGET, Op::Eq, crate::nft::Value::Ip(first))]);
+        }
+        let (from, to) = (crate::nft::Value::Ip(first), crate::nft::Value::Ip(last));
+        accept([Match::Range { field: TARGET, not: false, from, to }])
+    };
+    let mut list: Vec<Rule> = sources6(rules).ranges.into_iter().map(within).collect();
+    list.push(drop([], "neighbour discovery about another's address"));
+    list
+}
+
 /// IPv6 without an address: a guest that looks whether the address it wants is free, asks for routers, joins groups.
 fn ip6_nobody() -> Vec<Rule> {
     let solicited = || Match::network(Field::Ip6Daddr, Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0), 104);
     let routers = Match::is(Field::Ip6Daddr, Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 2));
     vec![
         drop([Match::is(Field::Ip6Nexthdr, ICMPV6), over(ND_LIMIT)], "too much neighbour discovery"),
-        with(discovery(135, 24), [solicited(), Match::within(TARGET, SIX)]),
+        about_target(discovery(135, 24), [solicited()]),
         // With a nonce of six bytes (RFC 7527), as Linux has it.
-        with(discovery(135, 32), [solicited(), Match::within(TARGET, SIX), Match::is(after(24, 16), 0x0e01)]),
+        about_target(discovery(135, 32), [solicited(), Match::is(after(24, 16), 0x0e01)]),
         with(discovery(133, 8), [routers]),
-        goto([Match::is(Field::Ip6Nexthdr, 0)], "mld"),
+        goto([Match::is(Field::Ip6Nexthdr, 0)], "guest_mld"),
     ]
 }
 
@@ -348,19 +393,22 @@ fn ip6_nobody() -> Vec<Rule> {
 fn ip6_own() -> Vec<Rule> {
     let plain: Vec<Match> = NOT_PLAIN.into_iter().map(|next| Match::not(Field::Ip6Nexthdr, next)).collect();
     vec![
-        goto([Match::is(Field::Ip6Nexthdr, ICMPV6)], "icmp6"),
-        accept([Match::is(Field::Ip6Nexthdr, UDP), Match::not(Field::UdpSport, 547), Match::not(Field::UdpDport, 546)]),
-        goto([Match::is(Field::Ip6Nexthdr, 0)], "mld"),
-        goto([Match::is(Field::Ip6Nexthdr, FRAGMENT)], "fragment"),
+        goto([Match::is(Field::Ip6Nexthdr, ICMPV6)], "guest_icmp6"),
+        drop([Match::is(Field::Ip6Nexthdr, UDP), Match::is(Field::UdpSport, 547)], "DHCPv6 answers"),
+        drop([Match::is(Field::Ip6Nexthdr, UDP), Match::is(Field::UdpDport, 546)], "DHCPv6 answers"),
+        accept([Match::is(Field::Ip6Nexthdr, UDP), is_there(Field::UdpDport)]),
+        goto([Match::is(Field::Ip6Nexthdr, 0)], "guest_mld"),
+        goto([Match::is(Field::Ip6Nexthdr, FRAGMENT)], "guest_fragment"),
         with(plain, [Match::not(Field::L4proto, ICMPV6)]),
-        drop([], "DHCPv6 answers, options, routing headers"),
+        drop([], "options, routing headers"),
     ]
 }
 
 fn icmp6(rules: &Rules) -> Vec<Rule> {
     // An option with an Ethernet address: type, length 1 (eight bytes), and the address (RFC 4861, 4.6.1).
-    let option =
-        |at: u16, kind: u64| [Match::is(after(at, 16), kind << 8 | 1), Match::is(after(at + 2, 48), rules.mac.0)];
+    let [a, b, c, d, e, f] = rules.mac.0;
+    let mac = u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
+    let option = |at: u16, kind: u64| [Match::is(after(at, 64), kind << 56 | 1 << 48 | mac)];
     // Messages for routers (130 to 134, 143, 151 to 153) and about neighbours, redirects, renumbering.
     let apart =
         |from: u64, to: u64| Match::Range { field: Field::Icmpv6Type, not: true, from: from.into(), to: to.into() };
@@ -368,8 +416,8 @@ fn icmp6(rules: &Rules) -> Vec<Rule> {
         drop([between(Field::Icmpv6Type, 133, 136), over(ND_LIMIT)], "too much neighbour discovery"),
         with(discovery(135, 24), []),
         with(discovery(135, 32), option(24, 1)),
-        with(discovery(136, 24), [Match::within(TARGET, SIX)]),
-        with(discovery(136, 32), [Match::within(TARGET, SIX)].into_iter().chain(option(24, 2))),
+        about_target(discovery(136, 24), []),
+        about_target(discovery(136, 32), option(24, 2)),
         with(discovery(133, 8), []),
         with(discovery(133, 16), option(8, 1)),
         accept([apart(130, 138), Match::not(Field::Icmpv6Type, 143), apart(151, 153)]),
@@ -382,16 +430,17 @@ fn icmp6(rules: &Rules) -> Vec<Rule> {
 fn mld() -> Vec<Rule> {
     let report = |options: u64, kind: Match| {
         accept([
+            Match::is(after(0, 64), options),
             Match::is(Field::Ip6Hoplimit, 1),
             Match::network(Field::Ip6Daddr, Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
-            Match::is(after(0, 64), options),
             kind,
         ])
     };
     let mut list = Vec::new();
     for options in [0x3a00_0502_0000_0100, 0x3a00_0100_0502_0000] {
         list.push(report(options, between(after(8, 8), 131, 132)));
-        list.push(report(options, Match::is(after(8, 8), 143)));
+        // With a mask, or it would become one with the bytes before it.
+        list.push(report(options, Match::Masked(after(8, 16), 0xff00, Op::Eq, 143 << 8)));
     }
     list.push(drop([], "options"));
     list
@@ -408,11 +457,10 @@ fn fragment() -> Vec<Rule> {
         drop([Match::Masked(place, 0xfff8, Op::Eq, 8)], "a fragment inside the header"),
         with(plain().collect(), [Match::Masked(place, 0xfff8, Op::Ne, 0)]),
         accept([first(), Match::is(next, ICMPV6), between(after(8, 8), 128, 129)]),
-        accept([first(), Match::is(next, UDP), Match::not(after(8, 16), 547), Match::not(after(10, 16), 546)]),
-        with(
-            plain().collect(),
-            [first(), Match::not(next, UDP), Match::not(next, ICMPV6), Match::Is(after(8, 8), Op::Ge, 0.into())],
-        ),
+        drop([first(), Match::is(next, UDP), Match::is(after(8, 16), 547)], "DHCPv6 answers"),
+        drop([first(), Match::is(next, UDP), Match::is(after(10, 16), 546)], "DHCPv6 answers"),
+        accept([first(), Match::is(next, UDP), is_there(after(10, 16))]),
+        with(plain().collect(), [first(), Match::not(next, UDP), Match::not(next, ICMPV6), is_there(after(8, 8))]),
         drop([], "fragments of what must not be fragmented"),
     ]
 }
@@ -436,9 +484,24 @@ mod tests {
                 let except = vec!["10.0.0.254".parse().unwrap(), "fe80::1".parse().unwrap()];
                 let vlans = Vlans { untagged: tagged.is_empty(), tagged };
                 let rules = Rules { mac: MAC, addresses: addresses.clone(), except, vlans };
-                table("vif1.0", &rules).check().unwrap();
+                let table = table("vif1.0", &rules);
+                table.check().unwrap();
+                for rule in table.chains.iter().flat_map(|chain| &chain.rules) {
+                    assert!(!has_two_inequalities(rule), "nft would make one of two: {rule}");
+                }
             }
         }
+    }
+
+    /// Of different places in packets.
+    fn has_two_inequalities(rule: &Rule) -> bool {
+        let unequal = rule.matches.iter().filter_map(|part| match part {
+            Match::Is(field, Op::Ne, _) if !matches!(field, Field::L4proto | Field::Protocol) => Some(*field),
+            _ => None,
+        });
+        let mut fields: Vec<Field> = unequal.collect();
+        fields.dedup();
+        fields.len() > 1
     }
 
     #[test]

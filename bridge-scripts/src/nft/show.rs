@@ -211,6 +211,8 @@ fn shown(field: Field, value: &Value) -> String {
             format!("0x{}", mac.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
         }
         (Value::Mac(mac), _) => mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":"),
+        (Value::Ip(IpAddr::V4(address)), Style::Hex) => format!("{:#x}", address.to_bits()),
+        (Value::Ip(IpAddr::V6(address)), Style::Hex) => format!("{:#x}", address.to_bits()),
         (Value::Ip(address), _) => address.to_string(),
         (Value::Name(name), _) => format!("\"{name}\""),
     }

@@ -28,7 +28,7 @@ pub(crate) struct World {
 
 /// A frame, what it is, and whether it is recognised only where the guest's addresses are known.
 pub(crate) struct Kind {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     pub(crate) by_address: bool,
     pub(crate) frame: Vec<u8>,
 }
@@ -41,7 +41,21 @@ fn tag(number: usize) -> [u8; 8] {
 
 /// Whether this is the frame of that number. A tag behind a packet of IPv6 is cut off by bridges.
 pub(crate) fn is(got: &[u8], frame: &[u8], number: usize) -> bool {
-    has(got, &tag(number)) || *got == frame[..frame.len() - tag(number).len()]
+    let whole = &frame[..frame.len() - tag(number).len()];
+    // A packet socket gives the VLAN tag beside the frame.
+    has(got, &tag(number)) || got == whole || is_tagged(whole) && *got == [&whole[..12], &whole[16..]].concat()
+}
+
+fn is_tagged(frame: &[u8]) -> bool {
+    matches!(frame[12..14], [0x81, 0] | [0x88, 0xa8] | [0x91 | 0x92, 0])
+}
+
+/// The frame number `was` behind a priority tag, as number `number`.
+fn with_priority(frame: &[u8], was: usize, number: usize, priority: u16) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    let at = frame.windows(8).position(|window| window == tag(was)).unwrap();
+    frame[at..at + 8].copy_from_slice(&tag(number));
+    tagged(&frame, &[(0x8100, priority << 13)])
 }
 
 pub(crate) fn six(text: &str) -> Ipv6Addr {
@@ -59,7 +73,7 @@ pub(crate) fn forged(w: &World) -> Vec<Kind> {
         if !has(&frame, &tag) {
             frame.extend(tag);
         }
-        kinds.push(Kind { name, by_address, frame });
+        kinds.push(Kind { name: name.to_owned(), by_address, frame });
     };
     let far = Ipv4Addr::new(198, 51, 100, 7);
     let far6 = six("2001:db8:9::7");
@@ -122,12 +136,18 @@ pub(crate) fn forged(w: &World) -> Vec<Kind> {
 
     // VLANs.
     add("a tag", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 5)]));
-    add("a priority tag", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 0xe000)]));
-    add("a priority tag before another's address", false, &|t| {
+    add("a priority tag before another's address", true, &|t| {
         tagged(&ether(next, GUEST, 0x0800, &ip4(other, far, 17, 0, &udp(1, 2, t))), &[(0x8100, 0)])
     });
     add("VLAN 4095", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 4095)]));
     add("a tag in a tag", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 1), (0x8100, 5)]));
+    add("a priority tag in a priority tag", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 0xe000), (0x8100, 0)]));
+    add("a priority tag around 802.1ad", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 0), (0x88a8, 0)]));
+    add("a priority tag around the tag of old", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 0), (0x9100, 5)]));
+    add("802.1ad around a priority tag", false, &|t| tagged(&plain(GUEST, t), &[(0x88a8, 0), (0x8100, 0)]));
+    add("a priority tag and nothing in it", false, &|t| {
+        tagged(&ether(next, GUEST, 0x8100, t), &[(0x8100, 0xe000)])[..18].to_vec()
+    });
     add("a priority tag around a tag", false, &|t| tagged(&plain(GUEST, t), &[(0x8100, 0), (0x8100, 5)]));
     add("802.1ad", false, &|t| tagged(&plain(GUEST, t), &[(0x88a8, 5)]));
     add("802.1ad around a tag", false, &|t| tagged(&plain(GUEST, t), &[(0x88a8, 5), (0x8100, 6)]));
@@ -320,12 +340,20 @@ pub(crate) fn forged(w: &World) -> Vec<Kind> {
         packet
     });
     v6("IPv6: cut short", false, &|_| ip6(own6, far6, 17, 64, &[])[..20].to_vec());
+    // What is forged without a tag is forged behind a priority tag.
+    for was in 0..kinds.len() {
+        let Kind { name, by_address, frame } = &kinds[was];
+        if !is_tagged(frame) {
+            let frame = with_priority(frame, was, kinds.len(), 5);
+            kinds.push(Kind { name: format!("{name}, with a priority tag"), by_address: *by_address, frame });
+        }
+    }
     kinds
 }
 
 /// What must arrive, and the tag in it.
-pub(crate) fn legal(w: &World) -> Vec<(&'static str, Vec<u8>)> {
-    let mut list: Vec<(&'static str, Vec<u8>)> = Vec::new();
+pub(crate) fn legal(w: &World) -> Vec<(String, Vec<u8>)> {
+    let mut list: Vec<(String, Vec<u8>)> = Vec::new();
     let World { own, own6, own_link, gateway, next, .. } = *w;
     let mut add = |name: &'static str, make: &dyn Fn(&[u8]) -> Vec<u8>| {
         let tag = tag(1000 + list.len());
@@ -333,7 +361,7 @@ pub(crate) fn legal(w: &World) -> Vec<(&'static str, Vec<u8>)> {
         if !has(&frame, &tag) {
             frame.extend(tag);
         }
-        list.push((name, frame));
+        list.push((name.to_owned(), frame));
     };
     let far = Ipv4Addr::new(198, 51, 100, 7);
     let far6 = six("2001:db8:9::7");
@@ -403,5 +431,11 @@ pub(crate) fn legal(w: &World) -> Vec<(&'static str, Vec<u8>)> {
     });
     v6("a later fragment of TCP", next, &|t| ip6(own6, far6, 44, 64, &fragment(6, 64, false, t)));
     v6("multicast", all, &|t| ip6(own6, six("ff0e::5"), 17, 9, &udp(1, 2, t)));
+    // From a port without VLANs, a tag without a VLAN's number is none. All eight priorities.
+    for was in 0..list.len() {
+        let (name, frame) = &list[was];
+        let frame = with_priority(frame, 1000 + was, 1000 + list.len(), (was % 8) as u16);
+        list.push((format!("{name}, with a priority tag"), frame));
+    }
     list
 }
