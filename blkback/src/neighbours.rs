@@ -2,8 +2,8 @@
 //! swap, and what is built on a device.
 //!
 //! Locks are seen by those who take locks. A loop device takes none, and neither does a mount; so they are looked for:
-//! in sysfs (Documentation/ABI/testing/sysfs-block-loop, …/sysfs-block of Linux), /proc/self/mountinfo and /proc/swaps
-//! (proc(5)). Something that is set up later is not seen, except on a block device that was claimed with O_EXCL.
+//! in sysfs (Documentation/ABI/testing/sysfs-block-loop, …/sysfs-block, …/sysfs-fs-btrfs of Linux), /proc/self/mountinfo
+//! and /proc/swaps (proc(5)). Something that is set up later is not seen, except on a block device that was claimed with O_EXCL.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -72,6 +72,8 @@ struct Mount {
     device: DeviceNumber,
     place: String,
     kind: String,
+    /// What was mounted: for some file systems the only hint at the device.
+    source: String,
     read_only: bool,
 }
 
@@ -81,14 +83,56 @@ fn mounts(text: &str) -> Vec<Mount> {
         let (left, right) = line.split_once(" - ")?;
         let mut left = left.split(' ').skip(2);
         let (major, minor) = left.next()?.split_once(':')?;
-        let place = left.nth(1)?.replace("\\040", " ");
+        let place = unescaped(left.nth(1)?);
         let mut right = right.split(' ');
         let kind = right.next()?.to_owned();
+        let source = unescaped(right.next()?);
         // The superblock's options: a read-only bind mount of a file system that is written elsewhere is no comfort.
-        let read_only = right.nth(1)?.split(',').any(|option| option == "ro");
-        Some(Mount { device: (major.parse().ok()?, minor.parse().ok()?), place, kind, read_only })
+        let read_only = right.next()?.split(',').any(|option| option == "ro");
+        Some(Mount { device: (major.parse().ok()?, minor.parse().ok()?), place, kind, source, read_only })
     };
     text.lines().filter_map(of).collect()
+}
+
+/// As the kernel has it before it writes blanks and backslashes in octal.
+fn unescaped(text: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .into_iter()
+        .fold(text.to_owned(), |text, (octal, character)| text.replace(octal, character))
+}
+
+/// The mounts of file systems that are on a device. btrfs and bcachefs, which can span several devices, show a device
+/// number of their own making; of those, the devices are found by what was mounted (`number_of` a path, or several with
+/// colons between), and by `spans`, the devices of each file system.
+fn mounts_on<'a>(
+    device: DeviceNumber,
+    mounts: &'a [Mount],
+    spans: &[Vec<DeviceNumber>],
+    number_of: impl Fn(&str) -> Option<DeviceNumber>,
+) -> Vec<&'a Mount> {
+    let is_on = |mount: &Mount| {
+        let anonymous = mount.device.0 == 0 && mount.source.starts_with('/');
+        mount.device == device
+            || anonymous
+                && mount.source.split(':').filter_map(&number_of).any(|source| {
+                    source == device || spans.iter().any(|span| span.contains(&source) && span.contains(&device))
+                })
+    };
+    mounts.iter().filter(|mount| is_on(mount)).collect()
+}
+
+/// The devices of each btrfs that is mounted, in any mount namespace; `sysfs` is where that is mounted.
+fn spans_of_btrfs(sysfs: &Path) -> Vec<Vec<DeviceNumber>> {
+    let folder = sysfs.join("fs/btrfs");
+    let devices = |name: String| {
+        let devices = folder.join(name).join("devices");
+        names_in(&devices).into_iter().filter_map(|name| number_in(&devices.join(name))).collect()
+    };
+    names_in(&folder).into_iter().map(devices).filter(|span: &Vec<_>| !span.is_empty()).collect()
+}
+
+fn number_at(path: &str) -> Option<DeviceNumber> {
+    fs::metadata(path).ok().filter(|m| m.file_type().is_block_device()).map(|m| number(m.rdev()))
 }
 
 fn number(device: u64) -> DeviceNumber {
@@ -137,9 +181,19 @@ fn swap(is_it: impl Fn(&Path) -> bool) -> Vec<Neighbour> {
 /// Who uses a block device, one of its partitions, or the disk it is a partition of.
 pub fn of_device(device: u64) -> Vec<Neighbour> {
     let mounts = mounts(&read("/proc/self/mountinfo").unwrap_or_default());
+    let spans = spans_of_btrfs(Path::new("/sys"));
     let mut found = Vec::new();
     for (relative, called) in family(number(device)) {
-        found.extend(mounts.iter().filter(|mount| mount.device == relative).map(|mount| Neighbour {
+        let here = mounts_on(relative, &mounts, &spans, number_at);
+        if here.is_empty() && spans.iter().any(|span| span.contains(&relative)) {
+            found.push(Neighbour {
+                what: format!("{called} is part of a btrfs that is mounted elsewhere (another mount namespace)"),
+                remedy: "unmount it there (lsns -t mnt, findmnt -N PID)".to_owned(),
+                writes: true,
+                cached: true,
+            });
+        }
+        found.extend(here.into_iter().map(|mount| Neighbour {
             what: format!("{called} is mounted at {} ({})", mount.place, mount.kind),
             remedy: format!("run umount {}", mount.place),
             writes: !mount.read_only,
@@ -220,13 +274,56 @@ mod tests {
         let text = "36 35 98:0 /root /a\\040b rw,noatime master:1 - ext3 /dev/root rw,errors=continue\n\
                     37 35 7:1 / /mnt rw - ocfs2 /dev/loop1 ro\n\
                     nonsense\n";
-        let mount = |device, place: &str, kind: &str, read_only| Mount {
+        let mount = |device, place: &str, kind: &str, source: &str, read_only| Mount {
             device,
             place: place.to_owned(),
             kind: kind.to_owned(),
+            source: source.to_owned(),
             read_only,
         };
-        assert_eq!(mounts(text), [mount((98, 0), "/a b", "ext3", false), mount((7, 1), "/mnt", "ocfs2", true)]);
+        let expected =
+            [mount((98, 0), "/a b", "ext3", "/dev/root", false), mount((7, 1), "/mnt", "ocfs2", "/dev/loop1", true)];
+        assert_eq!(mounts(text), expected);
+    }
+
+    /// btrfs shows a number that is no device's (as on Linux 6.12): what was mounted tells, and sysfs for its others.
+    #[test]
+    fn file_systems_with_numbers_of_their_own() {
+        let text = "40 1 0:35 /@ /srv rw - btrfs /dev/mapper/vg-a rw,space_cache=v2\n\
+                    41 1 0:36 / /pool rw - bcachefs /dev/sdx:/dev/sdy rw\n\
+                    42 1 0:37 / /tmp rw - tmpfs tmpfs rw\n";
+        let mounts = mounts(text);
+        let root = tempfile::tempdir().unwrap();
+        let device = |uuid: &str, name: &str, number: &str| {
+            let folder = root.path().join("fs/btrfs").join(uuid).join("devices").join(name);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("dev"), format!("{number}\n")).unwrap();
+        };
+        device("one", "dm-0", "253:0");
+        device("one", "sdb1", "8:17");
+        device("other", "sdc", "8:32");
+        fs::create_dir_all(root.path().join("fs/btrfs/features")).unwrap();
+        let mut spans = spans_of_btrfs(root.path());
+        spans.iter_mut().for_each(|span| span.sort_unstable());
+        spans.sort();
+        assert_eq!(spans, [vec![(8, 17), (253, 0)], vec![(8, 32)]]);
+        let number_of = |path: &str| match path {
+            "/dev/mapper/vg-a" => Some((253, 0)),
+            "/dev/sdx" => Some((65, 112)),
+            "/dev/sdy" => Some((65, 128)),
+            _ => None,
+        };
+        let places = |device| -> Vec<_> {
+            mounts_on(device, &mounts, &spans, number_of).into_iter().map(|mount| mount.place.as_str()).collect()
+        };
+        for device in [(253, 0), (8, 17)] {
+            assert_eq!(places(device), ["/srv"], "{device:?}");
+        }
+        for device in [(65, 112), (65, 128)] {
+            assert_eq!(places(device), ["/pool"], "{device:?}");
+        }
+        // Mounted, and nothing here says where; and a device that is none of theirs.
+        assert!(places((8, 32)).is_empty() && places((8, 16)).is_empty());
     }
 
     #[test]

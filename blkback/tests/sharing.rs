@@ -169,6 +169,42 @@ fn what_is_mounted_here() {
     }
 }
 
+/// A btrfs over two devices: mountinfo shows neither of them.
+#[test]
+fn what_is_mounted_as_btrfs() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("place");
+    std::fs::create_dir(&place).unwrap();
+    let devices: Vec<_> = ["one.img", "two.img"]
+        .into_iter()
+        .map(|name| {
+            let path = dir.path().join(name);
+            std::fs::File::create(&path).unwrap().set_len(128 << 20).unwrap();
+            LoopDevice::on(&path, 512)
+        })
+        .collect();
+    let [Some(one), Some(two)] = &devices[..] else {
+        println!("NOT TESTED: btrfs: there are no loop devices here");
+        return;
+    };
+    let place = place.to_str().unwrap();
+    if !run("mkfs.btrfs", &["-q", "-d", "single", "-m", "single", one.path(), two.path()])
+        || !run("mount", &["-t", "btrfs", one.path(), place])
+    {
+        println!("NOT TESTED: btrfs: there is no mkfs.btrfs, or the kernel cannot mount it here");
+        return;
+    }
+    let _undo = Undo("umount", vec![place.to_owned()]);
+    for device in [one, two] {
+        for access in ALL {
+            let text = refused(Path::new(device.path()), access);
+            // The kernel's own claim comes first for `w`, and its words are replaced by who it is.
+            assert!(text.contains("mounted at") && text.contains(place), "{} {access:?}: {text}", device.path());
+        }
+    }
+}
+
 /// Two partitions go to two guests; the whole disk to nobody else meanwhile, and the other way round.
 #[test]
 fn partitions_of_a_disk() {
