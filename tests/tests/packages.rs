@@ -29,8 +29,8 @@ const PYTHON: &[&str] = &["subprocess.run", "subprocess.Popen", "subprocess.chec
 const BUILTINS: &[&str] = &["echo", "cd", "test", "[", "done", "fi", "exit"];
 const BEFORE_A_COMMAND: &[&str] = &["exec", "until", "while", "do", "if", "then", "else", "!"];
 
-/// Names that are ours: programs, and the names under which toolstacks call bridge-scripts.
-const OURS: &[&str] = &["blkback", "netback", "bridge-scripts", "emu-xen", "dom0-bench", "network-", "vif-"];
+/// Names that are ours: programs, the names under which toolstacks call bridge-scripts, and what builds them.
+const OURS: &[&str] = &["rustc", "blkback", "netback", "bridge-scripts", "emu-xen", "dom0-bench", "network-", "vif-"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
