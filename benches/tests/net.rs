@@ -43,7 +43,7 @@ fn every_topology_carries_every_kind_of_traffic_over_every_cable() {
             let arrived = traffic::udp(&ways, 1000, Duration::from_millis(50)).unwrap();
             assert!(arrived.packets > 0 && arrived.packets <= arrived.sent, "{arrived:?}");
             let turns = traffic::round_trips(&ways[0], Duration::from_millis(50)).unwrap();
-            assert!(turns.len() > 10, "{} turns", turns.len());
+            assert!(!turns.is_empty(), "no byte came back");
             if topology == Topology::Nat {
                 assert_eq!(scene.seen_outside(3).unwrap(), DOM0);
             }

@@ -20,6 +20,7 @@ const RUST: &[&str] = &[
     ".command",
     "Self::start",
     "Process::start",
+    "Undo",
 ];
 
 /// The same in Python. `machine.run` and `guest.run` are not among them: they call what dom0 and guests have.

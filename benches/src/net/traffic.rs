@@ -248,7 +248,7 @@ fn stuck(doing: &str, offset: u64, error: &std::io::Error) -> Failure {
 
 /// Bytes of a datagram's number, which comes first in it.
 const NUMBER: usize = 8;
-/// How long the receiver waits for the last datagrams.
+/// How long the receiver waits for the last datagrams; for the first it has patience.
 const LAST: Duration = Duration::from_millis(100);
 
 /// Sends datagrams of `size` bytes along each way as fast as the sender can, for `time`, and checks what arrives.
@@ -262,6 +262,9 @@ pub fn udp(ways: &[Way<'_>], size: usize, time: Duration) -> Result<Arrived, Fai
     assert!((NUMBER..=LARGEST).contains(&size), "datagrams of {size} bytes");
     let mut pairs = Vec::new();
     for way in ways {
+        // A port of a bridge forwards up to a second after its link came up, and who has an address is asked first:
+        // until then datagrams are lost, all of them if the time is short. TCP tries again.
+        way.seen_from()?;
         let receiver = way.to.run(|| UdpSocket::bind(SocketAddr::new(way.address, 0)))??;
         receiver.set_read_timeout(Some(LAST))?;
         let address = receiver.local_addr()?;
@@ -325,12 +328,17 @@ fn receive_datagrams(
 ) -> Result<(u64, Duration), Failure> {
     let mut buffer = vec![0; LARGEST];
     let (mut packets, mut last) = (0, Duration::ZERO);
+    let mut sent = None;
     loop {
         let was_over = over.load(Ordering::Acquire);
+        if was_over && sent.is_none() {
+            sent = Some(Instant::now());
+        }
         let len = match socket.recv(&mut buffer) {
             Ok(len) => len,
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                if was_over {
+                let enough = packets > 0 || sent.is_some_and(|sent| sent.elapsed() > PATIENCE);
+                if was_over && enough {
                     return Ok((packets, last));
                 }
                 continue;

@@ -15,6 +15,11 @@ use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub(crate) mod settled;
+
+/// How long anything may take; nothing is said about it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
 pub(crate) struct World {
     pub(crate) run: TempDir,
     outside: Child,
@@ -80,16 +85,9 @@ impl World {
         self.settle();
     }
 
-    /// Waits until the kernel has finished with link-local addresses and carriers.
+    /// Waits until the kernel has done what it does by itself after a change, here and outside: see `settled`.
     pub(crate) fn settle(&self) {
-        for _ in 0..100 {
-            let tentative = self.ip("-6 addr show tentative");
-            if tentative.is_empty() && self.outside("ip -6 addr show tentative").is_empty() {
-                return;
-            }
-            thread::sleep(Duration::from_millis(100));
-        }
-        panic!("addresses stay tentative");
+        settled::wait(&[&|words| self.ip(words), &|words| self.outside(&format!("ip {words}"))]);
     }
 
     pub(crate) fn ip(&self, words: &str) -> String {
@@ -169,8 +167,13 @@ else:
         wait.recv().unwrap()
     }
 
-    /// Everything iproute2 shows of this namespace, without what changes by itself.
+    /// Everything iproute2 shows of this namespace, without what changes by itself; once the kernel has settled.
     pub(crate) fn shown(&self) -> BTreeMap<&'static str, Value> {
+        self.settle();
+        self.now()
+    }
+
+    fn now(&self) -> BTreeMap<&'static str, Value> {
         let mut shown = BTreeMap::new();
         for words in [
             "-j -d link",
@@ -204,38 +207,17 @@ else:
 
     /// The same without devices' numbers: a device that is made again has another.
     pub(crate) fn shown_without_indices(&self) -> BTreeMap<&'static str, Value> {
-        let mut shown = self.shown();
-        shown.values_mut().for_each(without_indices);
-        // The order of devices is that of their numbers.
-        for list in shown.values_mut().filter_map(Value::as_array_mut) {
-            list.sort_by_key(|value| value.to_string());
-        }
-        shown
+        without_any_index(self.shown())
     }
 
-    /// Everything is as it was shown. The kernel enters the routes of a new IPv6 address a little later, by a worker.
+    /// Everything becomes as it was shown: the kernel finishes some things by a worker, a little later.
     pub(crate) fn is_as(&self, wanted: &BTreeMap<&'static str, Value>, when: &str) {
-        self.soon(wanted, when, || self.shown());
+        becomes(wanted, when, || self.now());
     }
 
     /// The same, whatever numbers devices have.
     pub(crate) fn is_like(&self, wanted: &BTreeMap<&'static str, Value>, when: &str) {
-        self.soon(wanted, when, || self.shown_without_indices());
-    }
-
-    fn soon(
-        &self,
-        wanted: &BTreeMap<&'static str, Value>,
-        when: &str,
-        shown: impl Fn() -> BTreeMap<&'static str, Value>,
-    ) {
-        for _ in 0..100 {
-            if shown() == *wanted {
-                return;
-            }
-            thread::sleep(Duration::from_millis(30));
-        }
-        same(wanted, &shown(), when);
+        becomes(wanted, when, || without_any_index(self.now()));
     }
 
     /// Sysctls of a link.
@@ -308,6 +290,26 @@ fn without_indices(value: &mut Value) {
     }
 }
 
+fn without_any_index(mut shown: BTreeMap<&'static str, Value>) -> BTreeMap<&'static str, Value> {
+    shown.values_mut().for_each(without_indices);
+    // The order of devices is that of their numbers.
+    for list in shown.values_mut().filter_map(Value::as_array_mut) {
+        list.sort_by_key(|value| value.to_string());
+    }
+    shown
+}
+
+fn becomes(wanted: &BTreeMap<&'static str, Value>, when: &str, shown: impl Fn() -> BTreeMap<&'static str, Value>) {
+    let begin = Instant::now();
+    while begin.elapsed() < PATIENCE {
+        if shown() == *wanted {
+            return;
+        }
+        thread::sleep(Duration::from_millis(30));
+    }
+    same(wanted, &shown(), when);
+}
+
 /// The first difference of two snapshots, for a message.
 fn same(before: &BTreeMap<&'static str, Value>, after: &BTreeMap<&'static str, Value>, when: &str) {
     for (part, value) in before {
@@ -367,7 +369,7 @@ impl Line {
 pub(crate) fn wait_until(done: impl Fn() -> bool) {
     let begin = Instant::now();
     while !done() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "it did not happen");
+        assert!(begin.elapsed() < PATIENCE, "it did not happen");
         thread::sleep(Duration::from_millis(50));
     }
 }
