@@ -1,5 +1,7 @@
 //! A virtual block device: what the xenbus driver asks of it.
 
+mod hold;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hypervisor::Backend;
@@ -8,15 +10,17 @@ use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 use crate::barrier::Barriers;
 use crate::bounce::Units;
 use crate::counters::Counters;
+use crate::device_model::DeviceModel;
 use crate::doubt;
 use crate::health::Health;
-use crate::hotplug;
 use crate::image::{Image, Size};
-use crate::medium::{self, Medium};
+use crate::lookout::Lookout;
+use crate::medium::Medium;
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS, Limits};
 use crate::spec::Access;
-use crate::takeover::{self, Lookout};
 use crate::worker::{Order, Plan, Report, Worker};
+
+use hold::Hold;
 
 /// How this process serves disks.
 #[derive(Debug, Clone, Default)]
@@ -72,7 +76,9 @@ impl Kind for VbdKind {
             counters: Vec::new(),
             running: Arc::default(),
             opened_with: None,
-            awaited: None,
+            hold: Hold::default(),
+            device_model: None,
+            lookout: None,
             waiting: None,
         })
     }
@@ -88,6 +94,24 @@ struct Running {
     /// Orders not yet carried out, and what is published when all are.
     orders: usize,
     publish: Vec<(String, String)>,
+    /// What is let go of when all are, and for which domain.
+    yields: Option<(Arc<Image>, String)>,
+}
+
+impl Running {
+    /// Says that all orders are carried out, if they are.
+    fn finish_orders(&mut self, notifier: &Notifier) {
+        if self.orders > 0 {
+            return;
+        }
+        if !self.publish.is_empty() {
+            notifier.publish(std::mem::take(&mut self.publish));
+        }
+        if let Some((image, domain)) = self.yields.take() {
+            image.give_way();
+            notifier.tell(YIELDED, Some(domain));
+        }
+    }
 }
 
 /// One virtual block device.
@@ -105,9 +129,13 @@ pub struct Vbd {
     running: Arc<Mutex<Running>>,
     /// Our directory's keys, as the medium was opened with.
     opened_with: Option<Keys>,
-    /// The disk is the guest's former self's ([`takeover`]); `medium` is what it will be.
-    awaited: Option<Lookout>,
-    /// The guest, connected, waits for it too.
+    /// How far the disk is this guest's.
+    hold: Hold,
+    /// Who else may have it until the guest's driver comes.
+    device_model: Option<DeviceModel>,
+    /// Looks for what has to come before the disk is this guest's alone.
+    lookout: Option<Lookout>,
+    /// The guest, connected, waits for that.
     waiting: Option<Agreed>,
 }
 
@@ -146,9 +174,7 @@ impl Listener {
             }
             Report::Changed => {
                 running.orders = running.orders.saturating_sub(1);
-                if running.orders == 0 {
-                    self.notifier.publish(std::mem::take(&mut running.publish));
-                }
+                running.finish_orders(&self.notifier);
             }
             Report::Full(full) => {
                 running.full = if full { running.full + 1 } else { running.full.saturating_sub(1) };
@@ -170,8 +196,13 @@ pub const ON_HOLD: &str = "on-hold";
 const NO_ROOM: &str = "ENOSPC no room left on the storage: writes wait and go on by themselves when there is some";
 const NOT_YET: &str =
     "EBUSY the guest arrives by a migration and waits: its disk is not let go of yet where it comes from";
-/// Our key that is written, by ourselves, when an arriving guest's disk may be had.
+/// Our key that is written, by ourselves, when the disk may be this guest's alone.
 const TAKEOVER: &str = "takeover";
+/// Our key with which the hotplug program asks the disk of a departing guest to make way: the number of the arriving
+/// domain, whose device model is about to open the image.
+pub const YIELD: &str = "yield-to";
+/// Our key with the same number once it has.
+pub const YIELDED: &str = "yielded-to";
 /// Our key that is written when the disk may have grown: by `blkback resize`, or by us.
 pub const RESIZE: &str = "resize";
 /// Our key that says what came of it: how many sectors the guest has, or what is wrong.
@@ -187,9 +218,7 @@ impl Vbd {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.publish.extend(keys);
         running.orders += self.workers.iter().filter(|worker| worker.order(order.clone())).count();
-        if running.orders == 0 {
-            self.notifier.publish(std::mem::take(&mut running.publish));
-        }
+        running.finish_orders(&self.notifier);
     }
 
     /// The file or device may have grown.
@@ -240,60 +269,6 @@ impl Vbd {
         Ok(medium)
     }
 
-    /// Opens the disk, or foresees it if the guest's former self still has it.
-    fn open_or_await(&mut self, keys: &Keys) -> Result<Medium, Fault> {
-        self.awaited = None;
-        let fault = match self.open_medium(keys) {
-            Ok(medium) => return Ok(medium),
-            Err(fault) if fault.errno == libc::EBUSY => fault,
-            Err(fault) => return Err(fault),
-        };
-        let Some(path) = medium::target(keys) else { return Err(fault) };
-        let access = hotplug::access(keys.require("mode")?);
-        let host = |error: String| Fault::host(libc::EIO, error);
-        match Image::check_now(&path, access) {
-            // It was let go of meanwhile.
-            Ok(_) => return self.open_medium(keys),
-            Err(error) => {
-                let store = self.xen.store().map_err(|error| host(error.to_string()))?;
-                if !takeover::may_wait(&store, self.id.frontend_id, &error).map_err(|error| host(error.to_string()))? {
-                    return Err(fault);
-                }
-                tracing::warn!(device = %self.id.backend_path, "{error}: this guest arrives, and waits for it");
-            }
-        }
-        let medium = self.trust(Medium::foresee(keys)?)?;
-        let notifier = self.notifier.clone();
-        // Heard again as a change of our own key, on the driver's thread.
-        let ready = move || notifier.tell(TAKEOVER, Some("ready".to_owned()));
-        self.awaited = Some(Lookout::new(path, access, ready).map_err(|error| host(error.to_string()))?);
-        self.notifier.tell(ON_HOLD, Some(NOT_YET.to_owned()));
-        Ok(medium)
-    }
-
-    /// Whoever had the disk has let go.
-    fn take_over(&mut self) {
-        let (Some(_), Some(keys)) = (self.awaited.take(), self.opened_with.clone()) else { return };
-        self.notifier.tell(TAKEOVER, None);
-        let outcome = self.open_or_await(&keys).and_then(|medium| {
-            let ours = self.awaited.is_none();
-            if ours {
-                tracing::info!(device = %self.id.backend_path, "the disk is this guest's now");
-                self.notifier.tell(ON_HOLD, None);
-                self.notifier.tell(RESIZE_STATUS, None);
-                self.notifier.publish(medium.describe(&self.config.limits));
-                if let Some(agreed) = self.waiting.take() {
-                    self.start_queues(&agreed, &medium)?;
-                }
-            }
-            self.medium = Some(medium);
-            Ok(())
-        });
-        if let Err(fault) = outcome {
-            self.notifier.fault(fault);
-        }
-    }
-
     /// Another disk is put into the drive, or none.
     fn change_medium(&mut self, params: &str) {
         let (Some(old), Some(keys)) = (&self.medium, &self.opened_with) else { return };
@@ -313,6 +288,7 @@ impl Vbd {
                 let order = Order::Disk(Arc::clone(&medium.image), medium.shape(&self.config.limits));
                 self.order(&order, medium.describe(&self.config.limits));
                 (self.medium, self.opened_with) = (Some(medium), Some(keys));
+                (self.hold, self.lookout) = (Hold::Whole, None);
                 self.say_medium();
             }
             Err(fault) => self.notifier.tell(MEDIUM_STATUS, Some(fault.text)),
@@ -418,7 +394,12 @@ impl Device for Vbd {
         let keys = medium.describe(&self.config.limits);
         self.opened_with = Some(backend.clone());
         self.medium = Some(medium);
+        self.look_for_unplug(false)?;
         Ok(keys)
+    }
+
+    fn may_connect(&mut self) -> Result<bool, Fault> {
+        self.may_use()
     }
 
     fn connect(&mut self, frontend: &Keys) -> Result<Vec<(String, String)>, Fault> {
@@ -430,7 +411,7 @@ impl Device for Vbd {
         }
         let agreed = negotiate::agree(frontend, &self.config.limits)?;
         let keys = medium.describe(&self.config.limits);
-        if self.awaited.is_some() {
+        if self.hold == Hold::Awaited {
             self.waiting = Some(agreed);
             return Ok(keys);
         }
@@ -447,16 +428,17 @@ impl Device for Vbd {
     }
 
     fn watched_backend_keys(&self) -> &[&str] {
-        &[PARAMS, RESIZE, TAKEOVER]
+        &[PARAMS, RESIZE, TAKEOVER, YIELD]
     }
 
     fn backend_changed(&mut self, key: &str, value: Option<&str>) {
         match key {
-            TAKEOVER if value.is_some() => self.take_over(),
-            RESIZE if value.is_some() && self.awaited.is_some() => {
+            TAKEOVER if value.is_some() => self.look_again(),
+            YIELD => self.yield_to(value.unwrap_or_default()),
+            RESIZE if value.is_some() && self.hold == Hold::Awaited => {
                 self.notifier.tell(RESIZE_STATUS, Some(NOT_YET.to_owned()));
             }
-            PARAMS if self.awaited.is_some() && !self.is_opened_with(value) => {
+            PARAMS if self.hold == Hold::Awaited && !self.is_opened_with(value) => {
                 self.notifier.tell(MEDIUM_STATUS, Some(NOT_YET.to_owned()));
             }
             RESIZE if value.is_some() => self.resize(),
@@ -486,7 +468,9 @@ impl Device for Vbd {
             self.log_totals();
         }
         self.workers.clear();
-        self.awaited = None;
+        self.lookout = None;
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).yields = None;
         self.medium = None;
+        self.hold = Hold::default();
     }
 }

@@ -8,9 +8,9 @@ use xenstore_client::{Client, DomId, Store};
 
 use crate::device::{KINDS, MEDIUM_STATUS, RESIZE, RESIZE_STATUS};
 use crate::doubt;
+use crate::hotplug;
 use crate::image::Image;
 use crate::nbd::Export;
-use crate::spec::Access;
 use crate::toolstack::Error;
 use crate::vdev::Vdev;
 
@@ -96,7 +96,7 @@ pub fn change(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, targe
             .map_err(|path| Error::Refused(format!("{}: XenStore takes paths in UTF-8 only", path.display())))?,
     };
     if target.is_some() {
-        let access = if key("mode")?.is_some_and(|mode| mode.contains('w')) { Access::Write } else { Access::ReadOnly };
+        let access = hotplug::access(&key("mode")?.unwrap_or_default(), key("device-type")?.as_deref());
         Image::check(Path::new(&absolute), access).map_err(|error| Error::Refused(error.to_string()))?;
         doubt::check(store, backend, Path::new(&absolute), access).map_err(Error::Refused)?;
     }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use xenstore_client::{Client, DomId, Store};
 
+use crate::device_model::DeviceModel;
 use crate::doubt;
 use crate::image::{Image, Problem};
 use crate::nbd::Export;
@@ -24,9 +25,11 @@ pub enum Event {
     Remove,
 }
 
-/// What access the key `mode` stands for. The exclamation mark is xend's way to say that a disk is knowingly shared.
-pub fn access(mode: &str) -> Access {
+/// What access the keys `mode` and `device-type` stand for. The exclamation mark is xend's way to say that a disk is
+/// knowingly shared; a CD-ROM is read whatever its mode.
+pub fn access(mode: &str, device_type: Option<&str>) -> Access {
     match (mode.contains('w'), mode.contains('!')) {
+        _ if device_type == Some("cdrom") => Access::ReadOnly,
         (_, true) => Access::SharedWrite,
         (true, false) => Access::Write,
         (false, false) => Access::ReadOnly,
@@ -75,8 +78,8 @@ impl From<xenstore_client::Error> for Failure {
 fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
     let params = store.read_str(&format!("{xenbus_path}/params"))?;
     let mode = store.read_str(&format!("{xenbus_path}/mode"))?;
-    let cdrom = store.read_opt(&format!("{xenbus_path}/device-type"))?.as_deref() == Some("cdrom");
-    let access = if cdrom { Access::ReadOnly } else { access(&mode) };
+    let device_type = store.read_opt(&format!("{xenbus_path}/device-type"))?;
+    let access = access(&mode, device_type.as_deref());
     let path = match path(&params) {
         export if Export::is_one(&params) => export,
         path => std::path::absolute(path)
@@ -94,6 +97,12 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
         Failure { text: error.to_string(), status }
     })?;
     let backend = backend_of(store, xenbus_path)?;
+    if let Some(frontend) = frontend
+        && DeviceModel::expected(store, backend, frontend, access, &path)?.is_some()
+    {
+        let folder = xenbus_path.rsplitn(4, '/').nth(3).unwrap_or("backend");
+        takeover::make_way(store, folder, frontend, &path)?.map_err(|text| Failure { text, status: "busy" })?;
+    }
     doubt::check(store, backend, &path, access).map_err(|text| Failure { text, status: "error" })?;
     let path = path.into_os_string().into_string();
     let path = path.map_err(|_| Failure { text: format!("{params}: not UTF-8"), status: "error" })?;
@@ -138,7 +147,9 @@ mod tests {
             ("!", Access::SharedWrite),
         ];
         for (mode, expected) in cases {
-            assert_eq!(access(mode), expected, "{mode}");
+            assert_eq!(access(mode, Some("disk")), expected, "{mode}");
+            assert_eq!(access(mode, None), expected, "{mode}");
+            assert_eq!(access(mode, Some("cdrom")), Access::ReadOnly, "a CD-ROM of mode {mode}");
         }
     }
 

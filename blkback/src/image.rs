@@ -20,16 +20,18 @@ use rustix::fs::FallocateFlags;
 pub use problem::{ImageError, Problem};
 pub use size::Size;
 
-use claim::{LAST_WRITES, claim, open_file, wait_for_the_dead};
+use claim::{LAST_WRITES, Means, claim, open_file, wait_for_the_dead};
 use problem::{io_problem, remote_problem};
 use size::size;
 
 use crate::abi::SECTOR;
+use crate::device_model::DeviceModel;
 use crate::doubt;
 use crate::erase::{self, Erase};
 use crate::lock;
 use crate::nbd::protocol::{NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_TRIM};
 use crate::nbd::{Client, Export, link::Link};
+use crate::openers::Target;
 use crate::spec::Access;
 
 /// An open disk image, claimed for as long as it lives.
@@ -83,8 +85,50 @@ impl Image {
         let fail = |problem| ImageError { path: path.to_owned(), problem };
         match export(path) {
             Some(text) => Self::open_remote(text, access).map_err(fail),
-            None => Self::open_inner(path, access).map_err(fail),
+            None => {
+                let own = |file: &File| lock::claim(file, access);
+                Self::open_inner(path, access, &own).map_err(fail)
+            }
         }
+    }
+
+    /// Opens `path` for writing and keeps it from everybody but `device_model`, which may have it, or come. Nothing may be
+    /// read or written before [`claim_reserved`](Self::claim_reserved).
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn reserve(path: &Path, device_model: &DeviceModel) -> Result<Self, ImageError> {
+        let own = |file: &File| lock::reserve(file, &|| has_open(device_model, file));
+        Self::open_inner(path, Access::Write, &own).map_err(|problem| ImageError { path: path.to_owned(), problem })
+    }
+
+    /// Claims a reserved image whole: nobody else has it now.
+    ///
+    /// # Errors
+    /// Who has it; it stays reserved.
+    pub fn claim_reserved(&self) -> Result<(), ImageError> {
+        // A descriptor that was just closed is gone a moment before its locks are.
+        wait_for_the_dead(&self.file, Access::Write, Duration::from_secs(1));
+        let locked = lock::claim_reserved(&self.file);
+        locked.map_err(|text| ImageError { path: self.path.clone(), problem: Problem::Locked(text) })
+    }
+
+    /// Whether somebody is in the way of [`claim_reserved`](Self::claim_reserved), for who has reserved it or not.
+    pub fn is_used(path: &Path) -> bool {
+        open_file(path, Access::ReadOnly, false).is_ok_and(|(file, _)| lock::is_used(&file))
+    }
+
+    /// Lets a device model of this guest have it again: as [`reserve`](Self::reserve) left it.
+    pub fn give_way(&self) {
+        lock::give_way(&self.file);
+    }
+
+    /// What it is, for finding out who has it open.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn target(&self) -> io::Result<Target> {
+        self.file.metadata().map(|metadata| Target::of(&metadata))
     }
 
     /// Whether [`open`](Self::open) would succeed, if need be after the last writes of a process that was killed. Returns
@@ -93,7 +137,7 @@ impl Image {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn check(path: &Path, access: Access) -> Result<Option<(u32, u32)>, ImageError> {
-        Self::check_after(path, access, LAST_WRITES)
+        Self::check_after(path, access, LAST_WRITES, &|file| lock::check(file, access))
     }
 
     /// Whether [`open`](Self::open) would succeed now.
@@ -101,10 +145,24 @@ impl Image {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn check_now(path: &Path, access: Access) -> Result<Option<(u32, u32)>, ImageError> {
-        Self::check_after(path, access, Duration::ZERO)
+        Self::check_after(path, access, Duration::ZERO, &|file| lock::check(file, access))
     }
 
-    fn check_after(path: &Path, access: Access, longest: Duration) -> Result<Option<(u32, u32)>, ImageError> {
+    /// Whether [`reserve`](Self::reserve) would succeed now.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn check_reserve(path: &Path, device_model: &DeviceModel) -> Result<Option<(u32, u32)>, ImageError> {
+        let own = |file: &File| lock::check_reserve(file, &|| has_open(device_model, file));
+        Self::check_after(path, Access::Write, Duration::ZERO, &own)
+    }
+
+    fn check_after(
+        path: &Path,
+        access: Access,
+        longest: Duration,
+        own: &dyn Fn(&File) -> Result<(), String>,
+    ) -> Result<Option<(u32, u32)>, ImageError> {
         let checked = || {
             if let Some(text) = export(path) {
                 let link = Link::make(&parse(text)?).map_err(remote_problem)?;
@@ -113,7 +171,7 @@ impl Image {
             }
             let (mut file, metadata) = open_file(path, access, access == Access::Write)?;
             wait_for_the_dead(&file, access, longest);
-            claim(&file, &metadata, access, (lock::check, lock::check_part))?;
+            claim(&file, &metadata, access, Means { own, whole: lock::check, part: lock::check_part })?;
             size(&mut file)?;
             Ok(metadata.file_type().is_block_device().then(|| device_number(metadata.rdev())))
         };
@@ -135,9 +193,10 @@ impl Image {
         foreseen().map_err(|problem| ImageError { path: path.to_owned(), problem })
     }
 
-    fn open_inner(path: &Path, access: Access) -> Result<Self, Problem> {
+    fn open_inner(path: &Path, access: Access, own: &dyn Fn(&File) -> Result<(), String>) -> Result<Self, Problem> {
         let (file, metadata) = open_file(path, access, access == Access::Write)?;
-        let under = claim(&file, &metadata, access, (lock::claim, lock::claim_part))?;
+        let means = Means { own, whole: lock::claim, part: lock::claim_part };
+        let under = claim(&file, &metadata, access, means)?;
         let mut image = Self::learn(path, access, file, &metadata)?;
         image._under = under;
         Ok(image)
@@ -296,6 +355,10 @@ impl AsFd for Image {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+fn has_open(device_model: &DeviceModel, file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| device_model.opener(Target::of(&metadata)).is_some())
 }
 
 /// The NBD export that a path stands for; `None` if it is a path.

@@ -2,7 +2,8 @@
 //!
 //! From the wire upwards: [`abi`] knows the bytes, [`request`] what they ask for, [`negotiate`] what both sides agree
 //! on; [`image`] opens a disk, [`lock`] claims it, [`storage`] runs its I/O; [`health`] says whether it
-//! still keeps its promises, [`doubt`] remembers that it did not, [`takeover`] has a migrating guest wait for its disk;
+//! still keeps its promises, [`doubt`] remembers that it did not, [`takeover`] has a migrating guest wait for its disk,
+//! [`device_model`] knows who has the disk of an HVM guest before its own driver comes;
 //! [`erase`] erases for good; [`grants`] gets at the guest's pages;
 //! [`queue`] brings all of that together for one ring, [`worker`] gives it a thread, [`device`] a life. [`spec`] and
 //! [`vdev`] read what administrators type, [`toolstack`] does what `xl` would, [`hotplug`]
@@ -17,6 +18,7 @@ pub mod bounce;
 pub mod cli;
 pub mod counters;
 pub mod device;
+pub mod device_model;
 pub mod doubt;
 pub mod drive;
 pub mod erase;
@@ -27,10 +29,12 @@ pub mod health;
 pub mod hotplug;
 pub mod image;
 pub mod lock;
+pub mod lookout;
 pub mod medium;
 pub mod nbd;
 pub mod negotiate;
 pub mod neighbours;
+pub mod openers;
 pub mod queue;
 pub mod request;
 pub mod spec;

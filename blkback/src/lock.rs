@@ -5,12 +5,11 @@
 //! 100+n is locked by who holds permission n, byte 200+n by who does not want others to hold it. So QEMU, qemu-img and
 //! qemu-nbd see us, and we see them. Permission 0 is to read data that stay consistent, 1 to write, 3 to resize.
 
-use std::fs::{File, Metadata};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::fs::File;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use crate::openers;
 use crate::spec::Access;
 
 const HOLDS: i64 = 100;
@@ -18,7 +17,8 @@ const DENIES: i64 = 200;
 const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
-/// One byte that is ours alone: an exclusive lock on it decides a race between two writers for exactly one.
+/// One byte that is ours alone: an exclusive lock on it decides a race between two writers for exactly one. QEMU does not
+/// know it, so it keeps our other disks away while a guest's own device model has the image.
 const OURS: i64 = 300;
 
 /// Claims `file` for `access` until its last descriptor is closed.
@@ -37,11 +37,54 @@ pub fn claim(file: &File, access: Access) -> Result<(), String> {
         set(file, DENIES + permission, libc::F_RDLCK).map_err(|error| refusal(file, access, error))?;
     }
     // Locked first and looked afterwards: of two that come at once, both see each other rather than neither.
-    let denied = holds.iter().find(|&&permission| is_held(file, DENIES + permission));
-    let taken = denies.iter().find(|&&permission| is_held(file, HOLDS + permission));
-    match denied.or(taken) {
-        Some(_) => Err(refusal(file, access, nix::errno::Errno::EAGAIN)),
-        None => Ok(()),
+    check(file, access)
+}
+
+/// Claims `file` for writing against all disks of ours, and against nobody else who takes locks: a guest's device model is
+/// about to open it, or has (`expected` says whether it has). Others who have it already are refused.
+///
+/// # Errors
+/// As [`claim`].
+pub fn reserve(file: &File, expected: &dyn Fn() -> bool) -> Result<(), String> {
+    let refused = |error| refusal(file, Access::Write, error);
+    set(file, OURS, libc::F_WRLCK).map_err(refused)?;
+    // Device models do not resize a raw image, qemu-img and its like may.
+    set(file, DENIES + RESIZE, libc::F_RDLCK).map_err(refused)?;
+    check_reserve(file, expected)
+}
+
+/// Whether [`reserve`] would succeed now.
+///
+/// # Errors
+/// As [`claim`].
+pub fn check_reserve(file: &File, expected: &dyn Fn() -> bool) -> Result<(), String> {
+    if is_held(file, OURS) {
+        return Err(refusal(file, Access::Write, nix::errno::Errno::EAGAIN));
+    }
+    check(file, Access::Write).or_else(|error| if expected() { Ok(()) } else { Err(error) })
+}
+
+/// Goes from [`reserve`] to [`claim`]: whoever had the file has let go of it.
+///
+/// # Errors
+/// As [`claim`]; the reservation stays then.
+pub fn claim_reserved(file: &File) -> Result<(), String> {
+    // A lock that is tried while a device model opens the file would have that give up.
+    check(file, Access::Write)?;
+    claim(file, Access::Write).inspect_err(|_| give_way(file))
+}
+
+/// Whether anybody has it who is in the way of [`claim_reserved`]; asked by who has not reserved it himself.
+pub fn is_used(file: &File) -> bool {
+    [HOLDS + WRITE, DENIES + READ, DENIES + WRITE].iter().any(|&byte| is_held(file, byte))
+}
+
+/// Goes from [`claim`] for writing back to [`reserve`]: the guest's device model opens the file again.
+pub fn give_way(file: &File) {
+    for byte in [HOLDS + WRITE, DENIES + WRITE] {
+        if let Err(error) = set(file, byte, libc::F_UNLCK) {
+            tracing::error!(%error, "a lock cannot be given up");
+        }
     }
 }
 
@@ -62,7 +105,8 @@ pub fn claim_part(file: &File, access: Access) -> Result<(), String> {
 /// # Errors
 /// As [`claim`].
 pub fn check_part(file: &File, access: Access) -> Result<(), String> {
-    match permissions(access).0.iter().any(|permission| is_held(file, DENIES + permission)) {
+    let denied = permissions(access).0.iter().any(|permission| is_held(file, DENIES + permission));
+    match denied || is_held(file, OURS) {
         true => Err(refusal(file, access, nix::errno::Errno::EAGAIN)),
         false => Ok(()),
     }
@@ -70,7 +114,7 @@ pub fn check_part(file: &File, access: Access) -> Result<(), String> {
 
 /// Whether some process other than this still has the file open, or this one has it open twice.
 pub fn has_live_holder(file: &File) -> bool {
-    !holders(file).is_empty()
+    !openers::of(file).is_empty()
 }
 
 /// Whether [`claim`] would succeed now, without taking anything: a claim made only to look would be in the way of
@@ -80,7 +124,7 @@ pub fn has_live_holder(file: &File) -> bool {
 /// As [`claim`].
 pub fn check(file: &File, access: Access) -> Result<(), String> {
     let (holds, denies) = permissions(access);
-    let in_the_way = (access == Access::Write && is_held(file, OURS))
+    let in_the_way = is_held(file, OURS)
         || holds.iter().any(|permission| is_held(file, DENIES + permission))
         || denies.iter().any(|permission| is_held(file, HOLDS + permission));
     if in_the_way { Err(refusal(file, access, nix::errno::Errno::EAGAIN)) } else { Ok(()) }
@@ -119,32 +163,7 @@ fn refusal(file: &File, access: Access, error: nix::errno::Errno) -> String {
         Access::Write => "written alone (w)",
         Access::SharedWrite => "written together with others (w!)",
     };
-    let holders = holders(file);
+    let holders: Vec<_> = openers::of(file).iter().map(ToString::to_string).collect();
     let who = if holders.is_empty() { "another process".to_owned() } else { holders.join(", ") };
     format!("cannot be {wish}: {who} has it open in a way that forbids it; detach it there first")
-}
-
-/// Processes other than this that have the file open, as far as /proc shows them. OFD locks name no process.
-fn holders(file: &File) -> Vec<String> {
-    let Ok(ours) = file.metadata() else { return Vec::new() };
-    let same_thing = |other: &Metadata| match ours.file_type().is_block_device() {
-        // Whatever node it was opened by.
-        true => other.file_type().is_block_device() && other.rdev() == ours.rdev(),
-        false => (other.dev(), other.ino()) == (ours.dev(), ours.ino()),
-    };
-    let mut found = Vec::new();
-    let Ok(processes) = std::fs::read_dir("/proc") else { return found };
-    for process in processes.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
-        let same = |entry: std::fs::DirEntry| {
-            let own = pid == std::process::id() && entry.file_name().to_str() == Some(&file.as_raw_fd().to_string());
-            !own && std::fs::metadata(entry.path()).is_ok_and(|metadata| same_thing(&metadata))
-        };
-        if descriptors.flatten().any(same) {
-            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            found.push(format!("process {pid} ({})", name.trim()));
-        }
-    }
-    found
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use xenstore_client::xenbus::{Fault, Keys};
 
+use crate::device_model::DeviceModel;
 use crate::hotplug;
 use crate::image::{Image, ImageError, Problem};
 use crate::negotiate::{self, Limits};
@@ -34,6 +35,14 @@ impl Medium {
         Self::open_by(backend, Image::open)
     }
 
+    /// The same, kept from everybody but the guest's device model ([`Image::reserve`]).
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn reserve(backend: &Keys, device_model: &DeviceModel) -> Result<Self, Fault> {
+        Self::open_by(backend, |path, _| Image::reserve(path, device_model))
+    }
+
     /// What it will be when whoever has it lets go ([`Image::foresee`]).
     ///
     /// # Errors
@@ -42,10 +51,10 @@ impl Medium {
         Self::open_by(backend, Image::foresee)
     }
 
-    fn open_by(backend: &Keys, open: fn(&Path, Access) -> Result<Image, ImageError>) -> Result<Self, Fault> {
+    fn open_by(backend: &Keys, open: impl FnOnce(&Path, Access) -> Result<Image, ImageError>) -> Result<Self, Fault> {
         let flag = |key| backend.get(key) == Some("1");
         let cdrom = backend.get("device-type") == Some("cdrom");
-        let access = if cdrom { Access::ReadOnly } else { hotplug::access(backend.require("mode")?) };
+        let access = access(backend)?;
         let image = match target(backend) {
             Some(path) => open(&path, access).map_err(|error| image_fault(&error))?,
             None if cdrom => Image::none()
@@ -93,6 +102,17 @@ fn pages_stay(over_network: bool, direct_io_safe: bool) -> bool {
     !over_network || direct_io_safe
 }
 
+/// What the toolstack says may be done with the disk.
+///
+/// # Errors
+/// When it does not say.
+pub fn access(backend: &Keys) -> Result<Access, Fault> {
+    let device_type = backend.get("device-type");
+    // An empty drive may have no mode.
+    let mode = if device_type == Some("cdrom") { "r" } else { backend.require("mode")? };
+    Ok(hotplug::access(mode, device_type))
+}
+
 /// Where the toolstack and the hotplug program say the disk is; `None` for an empty drive.
 pub fn target(backend: &Keys) -> Option<PathBuf> {
     let named = |key| backend.get(key).filter(|value: &&str| !value.is_empty());
@@ -104,7 +124,8 @@ pub fn target(backend: &Keys) -> Option<PathBuf> {
     }
 }
 
-fn image_fault(error: &ImageError) -> Fault {
+/// A fault of the device's, for an image that cannot be had.
+pub fn image_fault(error: &ImageError) -> Fault {
     let errno = match &error.problem {
         Problem::Missing => libc::ENOENT,
         Problem::Permission(_) => libc::EACCES,

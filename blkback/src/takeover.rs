@@ -7,18 +7,16 @@
 //! connects, and nothing of it is read or written before the lock is ours. Nothing can be written by both, however the
 //! migration ends. Anybody else is refused at once.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use xenstore_client::{Client, DomId, Result, Store};
 
+use crate::device::{KINDS, YIELD, YIELDED};
 use crate::image::{self, Image, ImageError, Problem};
+use crate::openers::Target;
 use crate::spec::Access;
 
-/// How often the departing one's lock is looked at.
-const OFTEN: Duration = Duration::from_millis(250);
 /// How long a disk may take to be free whose last device has just gone: the backend hears of that by XenStore.
 const MOMENT: Duration = Duration::from_millis(500);
 /// What xl adds to the name of a domain that is arriving.
@@ -72,42 +70,62 @@ fn is_arriving(store: &Client, domain: DomId) -> Result<bool> {
     Ok(false)
 }
 
-/// A thread that looks whether a disk can be had. Dropped, it says nothing any more.
-#[derive(Debug)]
-pub struct Lookout {
-    over: Arc<AtomicBool>,
-}
-
-impl Lookout {
-    /// Calls `ready` on a thread of its own when nobody has `image` any more (a lock lasts until its holder's last write
-    /// has landed, also if that was killed); or when something else is wrong with it.
-    ///
-    /// # Errors
-    /// When there is no thread to be had.
-    pub fn new(image: PathBuf, access: Access, ready: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
-        let over = Arc::new(AtomicBool::new(false));
-        let told = Arc::clone(&over);
-        std::thread::Builder::new().name("lookout".to_owned()).spawn(move || {
-            while is_held(&image, access) {
-                std::thread::sleep(OFTEN);
-                if told.load(Ordering::Acquire) {
-                    return;
+/// Has a disk of ours that the former self of `frontend` still uses make way for the device model of `frontend`, which the
+/// toolstack is about to start: that opens the image while the former self, suspended by now, may yet be resumed. Its disk
+/// stops to read and write, and keeps everybody but device models away. `folder` is the backend's, of all kinds.
+///
+/// # Errors
+/// When XenStore refuses. The inner error: it did not make way in time.
+pub fn make_way(
+    store: &Client,
+    folder: &str,
+    frontend: DomId,
+    image: &Path,
+) -> Result<std::result::Result<(), String>> {
+    let Ok(target) = std::fs::metadata(image).map(|metadata| Target::of(&metadata)) else { return Ok(Ok(())) };
+    for kind in KINDS {
+        let kind = format!("{folder}/{kind}");
+        for domain in store.directory_opt(&kind)?.unwrap_or_default() {
+            if domain == frontend.to_string() {
+                continue;
+            }
+            for device in store.directory_opt(&format!("{kind}/{domain}"))?.unwrap_or_default() {
+                let path = format!("{kind}/{domain}/{device}");
+                let used = store.read_opt(&format!("{path}/physical-device-path"))?;
+                if used.is_some_and(|used| std::fs::metadata(used).is_ok_and(|metadata| target.is(&metadata)))
+                    && !wait_for_way(store, &path, frontend)?
+                {
+                    return Ok(Err(format!(
+                        "{}: domain {domain} has it and did not let go of it within {} s",
+                        image.display(),
+                        WAY.as_secs()
+                    )));
                 }
             }
-            if !told.load(Ordering::Acquire) {
-                ready();
-            }
-        })?;
-        Ok(Self { over })
+        }
     }
+    Ok(Ok(()))
 }
 
-impl Drop for Lookout {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Release);
-    }
-}
+/// How long a disk may take to finish what is in flight; libxl gives its hotplug program 40 s.
+const WAY: Duration = Duration::from_secs(20);
 
-fn is_held(image: &Path, access: Access) -> bool {
-    matches!(Image::check_now(image, access), Err(ImageError { problem: Problem::Locked(_), .. }))
+/// Asks one disk, and waits. False if it does not make way.
+fn wait_for_way(store: &Client, path: &str, frontend: DomId) -> Result<bool> {
+    let frontend = frontend.to_string();
+    let asked = store.transaction(|tx| {
+        let there = tx.read_opt(&format!("{path}/state"))?.is_some();
+        if there { tx.write(&format!("{path}/{YIELD}"), &frontend).map(|()| true) } else { Ok(false) }
+    })?;
+    let began = Instant::now();
+    while asked && store.read_opt(&format!("{path}/{YIELDED}"))?.as_ref() != Some(&frontend) {
+        if store.read_opt(&format!("{path}/state"))?.is_none() {
+            break;
+        }
+        if began.elapsed() > WAY {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(true)
 }

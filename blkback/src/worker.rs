@@ -79,6 +79,8 @@ pub enum Order {
     Shape(Shape),
     /// There is another disk.
     Disk(Arc<Image>, Shape),
+    /// Finish what is in flight and take no more requests (true), or go on. Writes that wait for room go on waiting.
+    Pause(bool),
 }
 
 /// How a queue's thread reports.
@@ -147,6 +149,7 @@ impl Worker {
                     let (stop, wake, report, counters) = (&*stop, &wake, &report, &*counters);
                     let (orders, full, retried) = (inbox, false, Instant::now());
                     Drive {
+                        paused: false,
                         queue,
                         image,
                         units,
@@ -298,6 +301,8 @@ fn fault(broken: &Broken) -> Fault {
 
 /// The life of a queue on its thread.
 struct Drive<'a, R> {
+    /// Nothing is taken from the ring, and nothing is in flight.
+    paused: bool,
     queue: Queue<Bounced<Below>>,
     image: Arc<Image>,
     units: Arc<Units>,
@@ -350,6 +355,10 @@ impl<R: Fn(Report)> Drive<'_, R> {
             // All of them: they rang once, and the bell is silent by now.
             while let Ok(order) = self.orders.try_recv() {
                 self.carry_out(order)?;
+            }
+            if self.paused {
+                self.sleep_paused(PERIOD)?;
+                continue;
             }
             if self.queue.held() > 0 {
                 self.retry_held();
@@ -416,8 +425,28 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 self.queue.change_disk(made.map_err(failed)?, shape);
                 self.image = image;
             }
+            Order::Pause(paused) => {
+                while paused && self.queue.in_flight() > self.queue.held() && !self.stopped() {
+                    self.sleep_paused(RETRY)?;
+                }
+                self.paused = paused;
+            }
         }
         (self.report)(Report::Changed);
+        Ok(())
+    }
+
+    /// Sleeps until there is an order, or something in flight has ended. The guest may ring once: its port is not written
+    /// back meanwhile.
+    fn sleep_paused(&mut self, longest: Duration) -> Result<(), Broken> {
+        self.queue.drain()?;
+        self.wait(longest)?;
+        self.queue.drain()?;
+        self.quiet_control();
+        if self.queue.storage().inner().take_rung(EVENT) {
+            let taken = self.queue.channel().take();
+            taken.map(drop).map_err(|source| Broken::Host { what: "event channel", source })?;
+        }
         Ok(())
     }
 

@@ -11,10 +11,12 @@ use std::time::Duration;
 use blkback::abi::op;
 use blkback::device::ON_HOLD;
 use blkback::front::{Frontend, Options, Piece};
+use blkback::hotplug::{self, Event};
 use common::{Disk, Dom0, LoopDevice, XVDA, outcomes, status, until};
-use hypervisor::Guest;
 use hypervisor::emu::GuestSeat;
+use hypervisor::{DomId, Guest};
 use xenstore_client::Store;
+use xenstore_client::xenbus::toolstack::{DeviceAddress, add_device};
 
 const PAGE: [Piece; 1] = [Piece { page: 0, first: 0, last: 7 }];
 
@@ -143,4 +145,36 @@ fn the_departing_guest_is_resumed() {
         old.close();
         dom0.detach(&guest, "xvda");
     });
+}
+
+/// A CD-ROM is read whatever `mode` says, also by a guest that waits for it: the file may be one that nobody can write to.
+#[test]
+fn a_cdrom_is_waited_for_as_a_reader() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.iso", 1 << 20);
+    let old = departing(&dom0, &image);
+    let immutable = |flag| std::process::Command::new("chattr").arg(flag).arg(&image).status();
+    if !immutable("+i").is_ok_and(|status| status.success()) {
+        println!("NOT TESTED: a CD-ROM that is taken over: chattr +i does not work here (e2fsprogs, root)");
+        return;
+    }
+    let arriving = dom0.guest("guest--incoming");
+    let backend = "/local/domain/0/backend/vbd";
+    let (domid, path) = (Guest::domid(&*arriving), image.to_str().unwrap());
+    let device = DeviceAddress { kind: "vbd", frontend_kind: "vbd", backend: DomId(0), frontend: domid, devid: XVDA };
+    let keys = [("params", path), ("mode", "w"), ("device-type", "cdrom"), ("removable", "1")];
+    add_device(&dom0.store, &device, &keys, &[("virtual-device", "51712")]).unwrap();
+    let state = format!("{backend}/{domid}/{XVDA}/state");
+    until("the backend is there", || dom0.store.read_opt(&state).unwrap().as_deref() == Some("2"));
+    hotplug::run(&dom0.store, &format!("{backend}/{domid}/{XVDA}"), Event::Add).unwrap();
+    let mut new = connect(&arriving);
+    assert!(on_hold(&dom0, &new).unwrap().contains("waits"), "{:?}", on_hold(&dom0, &new));
+    let departing = old.guest.clone();
+    old.close();
+    dom0.detach(&departing, "xvda");
+    new.queue().submit(op::READ, 0, &PAGE, 1);
+    assert_eq!(outcomes(new.queue(), 1)[0].status, 0);
+    assert_eq!(first(&mut new), 1);
+    new.close();
+    immutable("-i").unwrap();
 }

@@ -50,17 +50,23 @@ pub(super) fn status_flags(file: &File) -> OFlags {
     if on_tmpfs && regular { OFlags::NONBLOCK } else { OFlags::empty() }
 }
 
+/// How an image is claimed, or looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Means<'a> {
+    /// What is opened.
+    pub(super) own: &'a dyn Fn(&File) -> Result<(), String>,
+    /// The whole of a file below it.
+    pub(super) whole: Lock,
+    /// A part of a file below it.
+    pub(super) part: Lock,
+}
+
 type Lock = fn(&File, Access) -> Result<(), String>;
 
-/// Claims what was opened, by the means of `lock` (for all of a file, and for a part of it), and looks for others who use
-/// it without a lock. Returns what else has to stay open for the claim to hold.
-pub(super) fn claim(
-    file: &File,
-    metadata: &Metadata,
-    access: Access,
-    (lock, lock_part): (Lock, Lock),
-) -> Result<Vec<File>, Problem> {
-    lock(file, access).map_err(Problem::Locked)?;
+/// Claims what was opened, by these means, and looks for others who use it without a lock. Returns what else has to stay
+/// open for the claim to hold.
+pub(super) fn claim(file: &File, metadata: &Metadata, access: Access, means: Means<'_>) -> Result<Vec<File>, Problem> {
+    (means.own)(file).map_err(Problem::Locked)?;
     if metadata.is_file() {
         refuse_neighbours(access, &neighbours::of_file(metadata))?;
         return Ok(Vec::new());
@@ -80,7 +86,8 @@ pub(super) fn claim(
     for (path, whole) in neighbours::files_under(device) {
         // A file that was deleted under its loop device cannot be opened by anybody else either.
         let Ok(below) = File::options().read(true).write(access != Access::ReadOnly).open(&path) else { continue };
-        let claimed = if whole { lock(&below, access) } else { lock_part(&below, access) };
+        let lock = if whole { means.whole } else { means.part };
+        let claimed = lock(&below, access);
         claimed.map_err(|text| Problem::InUse(format!("is a loop device over {}, which {text}", path.display())))?;
         under.push(below);
     }

@@ -59,6 +59,15 @@ pub trait Device {
     /// As [`Device::features`].
     fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault>;
 
+    /// Whether [`connect`](Self::connect) may be called now. If not, the frontend is left waiting at its state until
+    /// [`Notifier::retry`], or until it starts over. Asked before each `connect`.
+    ///
+    /// # Errors
+    /// As [`Device::features`].
+    fn may_connect(&mut self) -> Result<bool, Fault> {
+        Ok(true)
+    }
+
     /// Maps the rings and starts to serve. The keys returned are published in one transaction with state 4. If that
     /// transaction finds that the device was taken away meanwhile, `disconnect` follows.
     ///

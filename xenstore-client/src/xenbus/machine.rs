@@ -56,6 +56,10 @@ pub enum Input {
     Connected,
     /// The answer to [`Action::Connect`] or [`Action::Reattach`]: nothing is mapped.
     ConnectFailed(Fault),
+    /// The answer to [`Action::Connect`]: not now. The frontend waits, and [`Input::Retry`] follows.
+    Postponed,
+    /// What the device waited for has come: it may connect.
+    Retry,
     /// The answer to [`Action::Open`], [`Action::Connect`] or [`Action::Reattach`]: not even tried, because an action
     /// before it failed. Comes after that failure.
     Skipped,
@@ -144,6 +148,8 @@ pub struct Machine {
     /// Where the frontend stood at that fault, until it moves. As long as it stands there, trying again would fail
     /// again, for ever and at full speed.
     stuck_at: Option<Front>,
+    /// The device cannot connect yet, and will say when it can.
+    postponed: bool,
     stopping: bool,
     removed: bool,
     released: bool,
@@ -180,6 +186,7 @@ impl Machine {
             rings: Rings::None,
             faulty: false,
             stuck_at: None,
+            postponed: false,
             stopping: false,
             removed: false,
             released: false,
@@ -211,6 +218,7 @@ impl Machine {
                 self.front = front;
                 self.front_seen |= front != Front::Gone;
                 self.front_left |= !front.is_serving();
+                self.postponed &= front.is_ready();
                 if self.stuck_at.is_some_and(|at| at != front) {
                     self.stuck_at = None;
                 }
@@ -239,6 +247,11 @@ impl Machine {
                 self.rings = Rings::None;
                 self.fault(fault, out);
             }
+            Input::Postponed if self.rings == Rings::Connecting => {
+                self.rings = Rings::None;
+                self.postponed = true;
+            }
+            Input::Retry => self.postponed = false,
             Input::Skipped => {
                 if self.medium == Medium::Opening {
                     self.medium = Medium::Shut;
@@ -249,8 +262,12 @@ impl Machine {
             }
             Input::Disconnected if self.rings == Rings::Draining => self.rings = Rings::None,
             // Answers to what was not asked: a device that says it twice.
-            Input::Opened | Input::OpenFailed(_) | Input::Connected | Input::ConnectFailed(_) | Input::Disconnected => {
-            }
+            Input::Opened
+            | Input::OpenFailed(_)
+            | Input::Connected
+            | Input::ConnectFailed(_)
+            | Input::Postponed
+            | Input::Disconnected => {}
             Input::Fault(fault) => self.fault(fault, out),
             Input::Removed => self.removed = true,
             Input::Stop => self.stopping = true,
@@ -334,7 +351,7 @@ impl Machine {
             self.medium = Medium::Opening;
             self.released = false;
             out.push(Action::Open);
-        } else if self.hotplug && self.medium == Medium::Open && self.front.is_ready() {
+        } else if self.hotplug && self.medium == Medium::Open && self.front.is_ready() && !self.postponed {
             self.rings = Rings::Connecting;
             out.push(Action::Connect);
         }

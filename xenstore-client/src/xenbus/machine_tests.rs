@@ -22,6 +22,8 @@ fn inputs() -> Vec<Input> {
         Input::OpenFailed(fault()),
         Input::Connected,
         Input::ConnectFailed(fault()),
+        Input::Postponed,
+        Input::Retry,
         Input::Disconnected,
         Input::Fault(fault()),
         Input::Removed,
@@ -62,7 +64,11 @@ impl World {
         match input {
             // The driver answers at once: nothing else can come first.
             _ if self.opening && !matches!(input, Input::Opened | Input::OpenFailed(_)) => return false,
-            _ if self.connecting && !matches!(input, Input::Connected | Input::ConnectFailed(_)) => return false,
+            // Only a fresh connection can be put off.
+            Input::Postponed if self.state == Connected => return false,
+            _ if self.connecting && !matches!(input, Input::Connected | Input::ConnectFailed(_) | Input::Postponed) => {
+                return false;
+            }
             Input::Opened => (self.opening, self.open) = (false, self.open || self.opening),
             Input::OpenFailed(_) => self.opening = false,
             Input::Connected => {
@@ -72,7 +78,7 @@ impl World {
                 }
                 self.connecting = false;
             }
-            Input::ConnectFailed(_) => self.connecting = false,
+            Input::ConnectFailed(_) | Input::Postponed => self.connecting = false,
             Input::Disconnected if self.draining => (self.draining, self.mapped) = (false, false),
             Input::Removed => self.removed = true,
             // The toolstack's 5 is in the store before it is heard of.
@@ -435,6 +441,43 @@ fn stories() {
         (
             "stop while waiting",
             (with(start(), &[Input::Hotplug(true), Input::Opened, Input::Stop]), "features 2 open release"),
+        ),
+        (
+            "put off until the device says so",
+            (
+                with(
+                    start(),
+                    &[
+                        Input::Hotplug(true),
+                        Input::Opened,
+                        front(Initialised),
+                        Input::Postponed,
+                        Input::Hotplug(true),
+                        front(Initialised),
+                        Input::Retry,
+                        Input::Connected,
+                    ],
+                ),
+                "features 2 open connect connect",
+            ),
+        ),
+        (
+            "put off, and the frontend starts over",
+            (
+                with(
+                    start(),
+                    &[
+                        Input::Hotplug(true),
+                        Input::Opened,
+                        front(Initialised),
+                        Input::Postponed,
+                        front(Initialising),
+                        front(Initialised),
+                        Input::Connected,
+                    ],
+                ),
+                "features 2 open connect connect",
+            ),
         ),
         (
             "adopted",

@@ -20,6 +20,8 @@ pub enum Note {
     Publish(Vec<(String, String)>),
     /// See [`Notifier::tell`].
     Tell(String, Option<String>),
+    /// See [`Notifier::retry`].
+    Retry,
 }
 
 /// A device's voice towards the driver. Cheap to clone; usable from every thread; never blocks. What is said after the
@@ -67,6 +69,11 @@ impl Notifier {
     /// notice: the state is not written again.
     pub fn tell(&self, key: impl Into<String>, value: Option<String>) {
         self.send(Note::Tell(key.into(), value));
+    }
+
+    /// What [`Device::may_connect`](super::Device::may_connect) waited for has come: it is to be asked again.
+    pub fn retry(&self) {
+        self.send(Note::Retry);
     }
 
     fn send(&self, note: Note) {

@@ -178,6 +178,7 @@ impl<D: Device> Slot<D> {
             }
             Note::Publish(_) => Ok(()),
             Note::Tell(key, value) => self.tell(ctx.client, &key, value.as_deref()),
+            Note::Retry => self.feed(ctx, Input::Retry),
         }
     }
 
@@ -362,6 +363,13 @@ impl<D: Device> Slot<D> {
         let still = if reattach { front.is_serving() } else { front.is_ready() };
         if !still {
             return Ok(vec![Input::Frontend(front), Input::Skipped]);
+        }
+        if !reattach {
+            match device.may_connect() {
+                Ok(true) => {}
+                Ok(false) => return Ok(vec![Input::Postponed]),
+                Err(fault) => return Ok(vec![Input::ConnectFailed(fault)]),
+            }
         }
         let connected = if reattach { device.reattach(&keys).map(|()| Vec::new()) } else { device.connect(&keys) };
         let published = match connected {
