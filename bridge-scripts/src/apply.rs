@@ -20,15 +20,17 @@
 //! ```
 
 mod error;
+mod guard;
 mod journal;
 mod lock;
 mod pending;
 mod session;
 
 pub use error::Error;
+pub use guard::Guard;
 pub use journal::Journal;
 pub use pending::Pending;
-pub use session::{Fault, Options, Report, Session, interrupted, look, record_names};
+pub use session::{Fault, Options, Report, Restored, Session, interrupted, look, record_names};
 
 pub(crate) use pending::{COMMAND as WAITER, is_due_later, leave_terminal};
 

@@ -199,6 +199,7 @@ fn the_kernel_gets_what_nft_would_send() {
         for (name, table) in &tables {
             table.check().unwrap_or_else(|error| panic!("{name}: {error}"));
             nft.apply(&[Change::Replace(table.clone())]).unwrap_or_else(|error| panic!("{name}: {error}\n{table}"));
+            assert!(nft.holds(table).unwrap(), "{name}: what the kernel tells is not recognised");
             let ours = listed(table);
             nft.apply(&[Change::Delete(table.family, table.name.clone())]).unwrap();
             nft_reads(&table.to_string()).unwrap_or_else(|error| panic!("{name}: nft: {error}\n{table}"));

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bridge_scripts::apply::{Guard, Options};
 use bridge_scripts::vif;
 use clap::{Args, Parser, Subcommand};
 use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
@@ -145,11 +146,24 @@ fn hotplug(store: &Client, call: Call<'_>) -> Result<(), String> {
     vif::hotplug(store, call.backend_path, call.script, event, call.vif).map_err(|error| error.to_string())
 }
 
+/// What keeps the interfaces' filters in the kernel. Interfaces are filtered without it too, until somebody flushes the
+/// machine's nftables.
+fn keep_filters() -> Option<Guard> {
+    match Guard::start(Options::default()) {
+        Ok(guard) => Some(guard),
+        Err(error) => {
+            tracing::warn!(%error, "changes of nftables cannot be watched: filters do not come back after nft flush ruleset");
+            None
+        }
+    }
+}
+
 fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Result<(), Failure> {
     let defaults = Config::default();
     let config = Config { queues: serve.queues.unwrap_or(defaults.queues), cpus: serve.cpus, ..defaults };
     let (domid, store) = (xen.domid(), xen.store()?);
     let stop = signals.stop_handle();
+    let _filters = keep_filters();
     let driver = Driver::new(store, domid, VifKind::new(xen, config))?;
     println!("netback: serving {}/backend/vif", domid.home());
     program::serve(vec![driver], &stop)

@@ -263,6 +263,47 @@ fn an_interface_that_waits_for_its_guest_is_wired_again() {
     drop(front);
 }
 
+/// A filter that somebody flushes comes back while netback serves, and one that the kernel has lost with the tap is sent
+/// again before the interface is on.
+#[test]
+fn the_filter_of_an_interface_stays() {
+    if !namespace("filters that are flushed") {
+        return;
+    }
+    let nft =
+        |words: &str| std::process::Command::new("nft").args(words.split(' ')).output().map(|output| output.stdout);
+    if nft("--version").is_err() {
+        println!("NOT TESTED: filters that are flushed: nft is not installed");
+        return;
+    }
+    let mut dom0 = Dom0::start();
+    let guest = dom0.guest("web");
+    dom0.ok(&["attach", "web", "--wait", "0", "ip=10.0.0.5"]);
+    let table = format!("netdev xen-vif{}.0", Guest::domid(&*guest));
+    let listed = || String::from_utf8(nft(&format!("-s list table {table}")).unwrap()).unwrap();
+    let wanted = listed();
+    assert!(wanted.contains("hook ingress") && wanted.contains("10.0.0.5"), "{wanted}");
+    for _ in 0..3 {
+        nft("flush ruleset").unwrap();
+        until("the filter comes back", || listed() == wanted);
+    }
+    until("it is said", || dom0.said().contains("put back"));
+    // As the kernel leaves it before 6.16: the chain goes with the tap, the table stays.
+    dom0.kill();
+    nft(&format!("delete chain {table} ingress")).unwrap();
+    assert!(!listed().contains("hook ingress"));
+    dom0.serve();
+    until("the bridge has its port again", || {
+        let links = ip("-o link show master xenbr0");
+        let up = links.contains(",UP");
+        assert!(!up || listed() == wanted, "on, and without its filter: {}", listed());
+        up
+    });
+    assert_eq!(listed(), wanted);
+    dom0.ok(&["detach", "web", "0"]);
+    assert_nothing_left(&dom0, &["lo".to_owned(), "xenbr0".to_owned()]);
+}
+
 /// What a driver has asked for on the control ring was known to the dead process alone: the driver has to say it again.
 #[test]
 fn a_guest_that_has_asked_for_hashing_connects_again() {

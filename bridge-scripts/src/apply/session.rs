@@ -92,6 +92,15 @@ pub struct Report {
     pub steps: usize,
 }
 
+/// What became of tables that were to be put back.
+#[derive(Debug, Default)]
+pub struct Restored {
+    /// Those that were missing, and are there again.
+    pub names: Vec<String>,
+    /// Why one is not, the last of them.
+    pub failed: Option<Error>,
+}
+
 /// A time alone with the machine's network: nobody else of ours changes it until this is dropped.
 #[derive(Debug)]
 pub struct Session {
@@ -137,6 +146,35 @@ impl Session {
             self.nft().map_err(|error| Error::Read(Box::new(error)))?;
         }
         read(&self.options.run, &mut self.link, self.nft.as_mut(), what)
+    }
+
+    /// Puts back those of our tables that the kernel has lost, or has changed by somebody else; only those that are
+    /// `wanted`. A table for a device that is not there is left alone.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel cannot be asked at all. What was refused for one table is in the answer.
+    pub fn restore_tables(&mut self, wanted: impl Fn(&str) -> bool) -> Result<Restored, Error> {
+        let wrong = |error: StepFault| Error::Read(Box::new(error));
+        let mut restored = Restored::default();
+        let run = self.options.run.clone();
+        for file in names(&run)?.iter().filter(|name| name.starts_with("table-") && name.ends_with(".json")) {
+            let Some(table) = kept(&run.join(file))?.filter(|table| wanted(&table.name)) else { continue };
+            let devices = table.chains.iter().filter_map(|chain| chain.hook.as_ref()?.device.as_ref());
+            let mut there = true;
+            for device in devices {
+                there &= self.link.exists(device).map_err(|error| wrong(error.into()))?;
+            }
+            let nft = self.nft().map_err(wrong)?;
+            if !there || nft.holds(&table).map_err(|error| wrong(error.into()))? {
+                continue;
+            }
+            match nft.apply(&[Change::Replace(table.clone())]) {
+                Ok(()) => restored.names.push(format!("{} {}", table.family, table.name)),
+                Err(error) => restored.failed = Some(wrong(error.into())),
+            }
+        }
+        Ok(restored)
     }
 
     /// What was applied and waits for its confirmation.
@@ -315,8 +353,14 @@ fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Resu
     if let Some(nft) = nft.filter(|_| what.tables) {
         let tables = nft.tables().map_err(|error| wrong(error.into()))?;
         for (family, name) in tables.into_iter().filter(|(_, name)| name.starts_with("xen-")) {
-            let content = read_optional(&table_file(run, family, &name))?;
-            let content = content.and_then(|text| serde_json::from_str(&text).ok());
+            let content = kept(&table_file(run, family, &name))?;
+            let content = match content {
+                // A name says little: see [`Nft::holds`]. Many guests have many tables; those of others are believed.
+                Some(table) if concerns(what, &name) && !nft.holds(&table).map_err(|error| wrong(error.into()))? => {
+                    None
+                }
+                content => content,
+            };
             state.tables.push(OurTable { family, name, content });
         }
     }
@@ -326,6 +370,17 @@ fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Resu
         }
     }
     Ok(state)
+}
+
+/// The copy of a table; none where there is none that makes sense.
+fn kept(path: &Path) -> Result<Option<Table>, Error> {
+    Ok(read_optional(path)?.and_then(|text| serde_json::from_str(&text).ok()))
+}
+
+/// Whether a table is about one of the links that are asked for, or about all.
+fn concerns(what: &What, table: &str) -> bool {
+    let common = table == crate::network::nat::TABLE;
+    what.links.as_ref().is_none_or(|links| common || links.iter().any(|link| table.ends_with(link.as_str())))
 }
 
 /// Reads the network's state without a [`Session`]: without waiting, without repairing, for those who only look.

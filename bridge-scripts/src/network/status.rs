@@ -44,8 +44,7 @@ fn row(state: &State, name: &str, link: &LinkState) -> Vec<String> {
         addresses.push(format!("{}/{}", address.local, address.prefix));
     }
     let ports: Vec<&str> = state.ports_of(name).filter(|port| Some(*port) != card.as_deref()).collect();
-    let guests =
-        ports.iter().filter(|port| state.tables.iter().any(|table| table.name == format!("xen-{port}"))).count();
+    let guests = ports.iter().filter(|port| is_filtered(state, port)).count();
     let own = record.as_ref().and_then(|record| record.own_port.as_ref());
     let all = ports.iter().filter(|port| own.is_none_or(|own| own != *port)).count();
     let said = match record.as_ref().and_then(|record| record.antispoof) {
@@ -63,6 +62,11 @@ fn row(state: &State, name: &str, link: &LinkState) -> Vec<String> {
         list(&ports),
         format!("{guests} of {all} ports{said}"),
     ]
+}
+
+/// Whether the kernel has the filter of a port as we made it.
+fn is_filtered(state: &State, port: &str) -> bool {
+    state.tables.iter().any(|table| table.name == format!("xen-{port}") && table.content.is_some())
 }
 
 /// Columns as wide as they need.
@@ -101,7 +105,9 @@ pub fn translation(state: &State) -> String {
     let mut text = match table {
         Some(table) => match &table.content {
             Some(content) => format!("network-nat: started\n{content}"),
-            None => format!("network-nat: the table inet {} is there, and somebody else made it\n", nat::TABLE),
+            None => {
+                format!("network-nat: the table inet {} is there, and is not as network-nat makes it\n", nat::TABLE)
+            }
         },
         None => "network-nat: not started\n".to_owned(),
     };

@@ -10,7 +10,7 @@ use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProto
 
 use super::expression::{self, bytes_of};
 use super::set::number;
-use super::{Chain, Family, Hook, HookKind, HookPoint, Policy, Rule, Set, SetKind, Table};
+use super::{Chain, Family, Hook, HookPoint, Policy, Rule, Set, SetKind, Table};
 
 /// A message, the netlink flags it needs beside NLM_F_REQUEST, and what it is about, for an error.
 pub(super) struct Part<'a> {
@@ -174,13 +174,37 @@ fn new_chain(family: Family, table: &str, chain: &Chain) -> NfTablesMessage {
             Policy::Drop => 0,
             Policy::Accept => 1,
         }));
-        let kind = match hook.kind {
-            HookKind::Filter => "filter",
-            HookKind::Nat => "nat",
-        };
-        attributes.push(ChainAttribute::Type(kind.to_owned()));
+        attributes.push(ChainAttribute::Type(hook.kind.name().to_owned()));
     }
     NfTablesMessage::NewChain(ChainMessage { attributes })
+}
+
+/// The same as [`wrap`] writes into a message's header: NFPROTO_* of linux/netfilter.h.
+pub(super) fn family_number(family: Family) -> u8 {
+    match family {
+        Family::Inet => 1,
+        Family::Ip => 2,
+        Family::Arp => 3,
+        Family::Netdev => 5,
+        Family::Bridge => 7,
+        Family::Ip6 => 10,
+    }
+}
+
+/// What the kernel tells of a hook: NFTA_HOOK_HOOKNUM and NFTA_HOOK_PRIORITY.
+pub(super) fn hook_bytes(family: Family, hook: &Hook) -> Vec<u8> {
+    let number = match hook.point {
+        HookPoint::Input if family == Family::Arp => 0,
+        HookPoint::Output if family == Family::Arp => 1,
+        HookPoint::Ingress | HookPoint::Prerouting => 0,
+        HookPoint::Input => 1,
+        HookPoint::Forward => 2,
+        HookPoint::Output => 3,
+        HookPoint::Postrouting => 4,
+    };
+    let mut attributes = super::attributes::Attributes::default();
+    attributes.u32(1, number).u32(2, hook.priority.cast_unsigned());
+    attributes.finish()
 }
 
 fn hook_attributes(family: Family, hook: &Hook) -> Vec<HookAttribute> {

@@ -5,6 +5,7 @@
 //! * [`Table::check`] says what is wrong with a table before the kernel is asked.
 //! * `encode` writes the messages of linux/netfilter/nf_tables.h. Like the program nft it puts the conditions in front
 //!   of a match that make it mean something: `ip saddr` looks at packets of IPv4 only.
+//! * [`Nft::holds`] asks the kernel whether it has a table, whole.
 //! * [`Nft`] sends changes as one batch, which the kernel applies whole or not at all.
 
 mod attributes;
@@ -12,6 +13,7 @@ mod check;
 mod encode;
 mod expression;
 mod field;
+mod held;
 mod set;
 mod show;
 mod socket;
@@ -23,6 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use check::Malformed;
 pub use field::{Base, Field};
 pub use set::{Set, SetKind};
+pub(crate) use socket::tables_told;
 pub use socket::{Change, Error, Nft};
 
 /// What kind of packets a table sees, and where.

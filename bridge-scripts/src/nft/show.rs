@@ -72,12 +72,19 @@ impl Display for Chain {
     }
 }
 
+impl HookKind {
+    /// nft's and the kernel's word for it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Filter => "filter",
+            Self::Nat => "nat",
+        }
+    }
+}
+
 impl Display for Hook {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            HookKind::Filter => "filter",
-            HookKind::Nat => "nat",
-        };
+        let kind = self.kind.name();
         let point = match self.point {
             HookPoint::Ingress => "ingress",
             HookPoint::Prerouting => "prerouting",

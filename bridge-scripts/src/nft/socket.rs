@@ -168,6 +168,48 @@ impl Nft {
         }
     }
 
+    /// Asks for one thing, or for all (`dump`); `kind` is one of NFT_MSG_GET*. What is not there is no answer.
+    pub(super) fn ask(&mut self, kind: u16, dump: bool, family: u8, attributes: &[u8]) -> Result<Dumped, Error> {
+        /// NLM_F_DUMP_INTR of linux/netlink.h: something changed meanwhile.
+        const INTERRUPTED: u16 = 0x10;
+        let flags = NLM_F_REQUEST | if dump { NLM_F_DUMP } else { 0 };
+        let length = HEADER + 4 + attributes.len();
+        let mut bytes = Vec::with_capacity(length);
+        bytes.extend(u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
+        bytes.extend((SUBSYSTEM << 8 | kind).to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend(FIRST.to_ne_bytes());
+        // The sender's port, which the kernel fills in; then struct nfgenmsg.
+        bytes.extend([0, 0, 0, 0, family, 0, 0, 0]);
+        bytes.extend(attributes);
+        self.send(&bytes)?;
+        let (mut told, mut changed) = (Vec::new(), false);
+        loop {
+            let datagram = self.receive()?;
+            for message in messages(&datagram)? {
+                changed |= message.flags & INTERRUPTED != 0;
+                let ended = match message.kind {
+                    libc::NLMSG_DONE => u32_at(message.all, HEADER).map_or(0, |code| -code.cast_signed()),
+                    libc::NLMSG_ERROR => message.error()?.0,
+                    _ => {
+                        told.push(message.all.to_vec());
+                        if dump {
+                            continue;
+                        }
+                        0
+                    }
+                };
+                return match ended {
+                    0 if changed => Ok(Dumped::Changed),
+                    0 => Ok(Dumped::Whole(told)),
+                    // Not there, or no more; and the kernel may ask to ask again.
+                    libc::ENOENT | libc::EINTR | libc::EAGAIN => Ok(Dumped::Changed),
+                    code => Err(refusal(code, "read a table")),
+                };
+            }
+        }
+    }
+
     fn send(&self, bytes: &[u8]) -> Result<(), Error> {
         let fail = |source: io::Error| {
             let hint = match source.raw_os_error() {
@@ -251,6 +293,25 @@ fn emit(bytes: &mut Vec<u8>, sequence: u32, flags: u16, message: NetfilterMessag
     // Messages begin at multiples of four.
     bytes.resize(at + length.next_multiple_of(4), 0);
     message.serialize(&mut bytes[at..at + length]);
+}
+
+/// What the kernel told.
+pub(super) enum Dumped {
+    /// All of it, a message each with its headers.
+    Whole(Vec<Vec<u8>>),
+    /// It is not there, or something changed while it told.
+    Changed,
+}
+
+/// The names of the tables that messages about changes are about.
+pub(crate) fn tables_told(bytes: &[u8]) -> impl Iterator<Item = String> + '_ {
+    // What is cut off at the end names nothing; in all messages the table's name is the first attribute.
+    messages(bytes).unwrap_or_default().into_iter().filter_map(|message| {
+        let name = message.all.get(HEADER + 4..)?;
+        let (length, kind) = (usize::from(u16_at(name, 0)?), u16_at(name, 2)?);
+        let name = name.get(4..length).filter(|_| kind == 1)?;
+        Some(String::from_utf8_lossy(name).trim_end_matches('\0').to_owned())
+    })
 }
 
 /// A message of the kernel.
