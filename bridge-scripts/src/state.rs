@@ -127,6 +127,21 @@ pub struct Route {
 }
 
 impl Route {
+    /// The route as somebody else than the kernel may add it. Of a router's advertisement the kernel has to be able to make
+    /// its own: where one from user space is in its place (the same metric, and no RTF_ADDRCONF, which only the kernel can
+    /// set), ndisc_router_discovery of Linux' net/ipv6/ndisc.c gives up before it comes to the prefixes, and the addresses
+    /// that the router has given are not kept alive any more. So ours comes right behind.
+    #[must_use]
+    pub fn by_hand(&self) -> Self {
+        /// RTPROT_RA of linux/rtnetlink.h.
+        const ADVERTISED: u8 = 9;
+        /// IP6_RT_PRIO_USER of the kernel's ip6_fib.h.
+        const USUAL: u32 = 1024;
+        let behind = self.v6 && self.protocol == ADVERTISED && self.gateway.is_some();
+        let metric = if behind { Some(self.metric.unwrap_or(USUAL).saturating_add(1)) } else { self.metric };
+        Self { metric, ..self.clone() }
+    }
+
     /// A route of the main table through a link, as the administrator would add it.
     pub fn new(to: Option<(IpAddr, u8)>, v6: bool, dev: &str) -> Self {
         Self {

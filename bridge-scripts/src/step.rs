@@ -224,7 +224,7 @@ impl Step {
                 None => vec![Self::RemoveRoute(route.clone())],
             },
             Self::RemoveRoute(route) => match before.routes.iter().find(|had| had.same_place(route)) {
-                Some(had) => vec![Self::AddRoute(had.clone())],
+                Some(had) => vec![Self::AddRoute(had.by_hand())],
                 None => Vec::new(),
             },
             Self::AddNeighbour(new) => {

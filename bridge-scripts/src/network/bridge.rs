@@ -1,13 +1,15 @@
 //! network-bridge: a card and the machine's addresses become a bridge, and back. Pure: from a [`State`] to a [`Plan`].
 
+use super::lease;
 use super::moving::Luggage;
+use super::owners::Owners;
 use super::record::{Layout, Record};
 use super::refusal::{Refusal, refuse};
 use super::settings::{copy_settings, disable_ipv6, give_back, own_link_local, sysctl};
 use super::words::{Unclear, Words};
 use super::xen3;
 use crate::plan::Plan;
-use crate::state::{FOREVER, Kind, LinkState, Mac, State};
+use crate::state::{Address, FOREVER, Kind, LinkState, Mac, State};
 use crate::step::Step;
 
 /// The keys of network-bridge.
@@ -26,8 +28,10 @@ pub struct Request {
     pub antispoof: Option<bool>,
     /// The layout; today's if none is said, and where the bridge is there already, the one it has.
     pub layout: Option<Layout>,
-    /// Stop although others use the bridge.
+    /// Stop although others use the bridge; start although somebody else looks after the card.
     pub force: bool,
+    /// Who looks after links.
+    pub owners: Owners,
     /// Whether it will be taken back unless confirmed: then more may be risked.
     pub safe: bool,
 }
@@ -52,6 +56,7 @@ impl Request {
             antispoof: words.yes_or_no("antispoof")?,
             layout,
             force: words.yes_or_no("force")?.unwrap_or(false),
+            owners: Owners::default(),
             safe: words.confirm.is_some(),
         })
     }
@@ -150,6 +155,13 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
             "the {route} goes through a nexthop object, which cannot be moved: replace it by a plain route"
         ));
     }
+    let kept_by = lease::objection(state, &request.owners, &pair).filter(|_| card.master.is_none());
+    if let Some(objection) = &kept_by {
+        if !request.force {
+            return refuse(objection.clone());
+        }
+        plan.note(objection.lines().next().unwrap_or_default().to_owned());
+    }
     let uplink = state.ports_of(bridge).find(|port| *port != netdev && is_card(&state.links[*port]));
     if let (Some(other), None) = (uplink, &request.bridge) {
         return refuse(format!(
@@ -177,11 +189,10 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
         Layout::Bridge => enslave(state, &luggage, record, &mut plan),
         Layout::Xen3 => xen3::start(state, &luggage, record, &mut plan)?,
     }
-    for address in luggage.addresses.iter().filter(|address| address.valid != FOREVER && layout == Layout::Bridge) {
+    let lonely = |address: &&Address| kept_by.is_none() && address.valid != FOREVER && !lease::is_advertised(address);
+    for address in luggage.addresses.iter().filter(lonely) {
         let (local, prefix) = (address.local, address.prefix);
-        plan.note(format!(
-            "{local}/{prefix} was given for a time: its DHCP client, or the router, has to find {bridge} now"
-        ));
+        plan.note(format!("{local}/{prefix} was given for a time, and nobody is seen who would ask for more"));
     }
     loudly(request.antispoof, bridge, &mut plan);
     Ok(plan)

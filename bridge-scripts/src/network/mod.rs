@@ -6,8 +6,10 @@
 pub mod bridge;
 pub mod dummy;
 mod forwarding;
+mod lease;
 mod moving;
 pub mod nat;
+pub mod owners;
 mod record;
 mod refusal;
 pub mod route;
@@ -27,6 +29,7 @@ use crate::state::{State, What};
 use crate::step::Step;
 use dummy::DummyRequest;
 use nat::NatRequest;
+use owners::Owners;
 use vlan::VlanRequest;
 use words::{Action, Words};
 
@@ -103,6 +106,13 @@ impl Request {
         })
     }
 
+    /// Finds out what links alone do not tell.
+    fn look_around(&mut self, state: &State) {
+        if let Self::Bridge(request) = self {
+            request.owners = Owners::find(state.links.keys().map(String::as_str));
+        }
+    }
+
     fn plan(&self, state: &State, start: bool) -> Result<Plan, Refusal> {
         match (self, start) {
             (Self::Nothing, _) => Ok(Plan::new("network-dummy")),
@@ -145,9 +155,9 @@ pub fn run(program: Program, words: &[String], options: Options, print: &mut dyn
     }
     let words = Words::parse(program.name(), words, &Action::ALL, program.keys())?;
     let run = options.run.clone();
-    let request = Request::read(program, &words, &run)?;
+    let mut request = Request::read(program, &words, &run)?;
     if words.plan || words.action == Action::Status {
-        return look(&words, &request, &run, print);
+        return look(&words, &mut request, &run, print);
     }
     let mut session = Session::open(options)?;
     if words.action == Action::Confirm {
@@ -159,6 +169,7 @@ pub fn run(program: Program, words: &[String], options: Options, print: &mut dyn
         return Err(Error::Unconfirmed { title: pending.title, seconds: pending.seconds }.into());
     }
     let state = read_all(&mut |what| session.read(what), &record_names(&run)?)?;
+    request.look_around(&state);
     let mut plan = request.plan(&state, words.action == Action::Start)?;
     let mut applied = carry_out(&mut session, &plan, &state, words.confirm);
     if let (Err(error), Request::Dummy(dummy), Action::Start) = (&applied, &request, words.action)
@@ -183,7 +194,7 @@ pub fn run(program: Program, words: &[String], options: Options, print: &mut dyn
 }
 
 /// `--plan` and `status`: nothing is changed, not even an interrupted run repaired.
-fn look(words: &Words, request: &Request, run: &Path, print: &mut dyn FnMut(&str)) -> Result<(), Refusal> {
+fn look(words: &Words, request: &mut Request, run: &Path, print: &mut dyn FnMut(&str)) -> Result<(), Refusal> {
     let names = record_names(run)?;
     let state = read_all(&mut |what| crate::apply::look(run, what), &names)?;
     if let Some(title) = crate::apply::interrupted(run)? {
@@ -196,6 +207,7 @@ fn look(words: &Words, request: &Request, run: &Path, print: &mut dyn FnMut(&str
         Action::Status => request.status(&state)?,
         Action::Confirm => "would keep what waits to be confirmed".to_owned(),
         action => {
+            request.look_around(&state);
             let plan = request.plan(&state, action == Action::Start)?;
             if plan.is_empty() { format!("{plan}nothing to do") } else { plan.to_string() }
         }

@@ -70,7 +70,7 @@ impl Luggage {
     pub(super) fn load(&self, plan: &mut Plan) {
         self.addresses.iter().for_each(|address| plan.steps.push(Step::AddAddress(address.clone())));
         self.neighbours.iter().for_each(|neighbour| plan.steps.push(Step::AddNeighbour(neighbour.clone())));
-        self.routes.iter().for_each(|route| plan.steps.push(Step::AddRoute(route.clone())));
+        self.routes.iter().for_each(|route| plan.steps.push(Step::AddRoute(route.by_hand())));
     }
 
     /// The same for another link.

@@ -25,6 +25,27 @@ pub(crate) struct World {
     outside: Child,
 }
 
+/// A program that goes on until it is dropped.
+pub(crate) struct Program(Child);
+
+impl Program {
+    pub(crate) fn start(command: &mut Command) -> Self {
+        Self(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 impl World {
     /// A namespace of the calling thread's own. `None`, with a line that says so, where there is no permission.
     pub(crate) fn new(what: &str) -> Option<Self> {
@@ -98,6 +119,12 @@ impl World {
     pub(crate) fn outside(&self, words: &str) -> String {
         let pid = self.outside.id().to_string();
         ok(Command::new("nsenter").args(["-t", &pid, "-n"]).args(words.split(' ')))
+    }
+
+    /// A program outside, which goes on until it is dropped.
+    pub(crate) fn outside_program(&self, words: &[&str]) -> Program {
+        let pid = self.outside.id().to_string();
+        Program::start(Command::new("nsenter").args(["-t", &pid, "-n"]).args(words))
     }
 
     /// A router outside advertises itself and a /64 for autoconfiguration at a card's other end (RFC 4861, 4.2 and 4.6.2).
