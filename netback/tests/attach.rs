@@ -183,6 +183,6 @@ fn routed_and_behind_nat() {
         assert!(!state_of(&vif).contains("master"), "{script}: {}", state_of(&vif));
         dom0.ok(&["detach", &number, "0"]);
         assert!(!ip("route show").contains("10.9.8.7"), "{script}");
-        assert_eq!((dom0.traces(), links()), (vec![], before.clone()), "{script}");
+        assert_nothing_left(&dom0, &before);
     }
 }
