@@ -11,8 +11,8 @@ use blkback::vdev::Vdev;
 use hypervisor::emu::{GuestOptions, GuestSeat};
 use hypervisor::xen::XenGuest;
 use hypervisor::{Guest, Machine};
-use xenstore_client::Client;
 use xenstore_client::xenbus::{State, toolstack};
+use xenstore_client::{Client, Store as _};
 
 use crate::Failure;
 use crate::guest_disk::GuestDisk;
@@ -201,9 +201,26 @@ fn offer(
     let server = Server::listen(&address.0, disk.clone(), config)?;
     println!("{}", server.uri());
     let state = format!("{}/state", front.backend_path());
-    wait_for(store, &state, &[State::Closing, State::Closed], stop)?;
+    let sectors = format!("{}/sectors", front.backend_path());
+    // As Linux' driver does, but looking instead of waiting for the backend's state 4 to be written again.
+    while !stop.load(Ordering::Acquire)
+        && !is_in(toolstack::wait_state(store, &state, &[State::Closing, State::Closed], LOOK))?
+    {
+        if let Some(count) = store.read_opt(&sectors)?.and_then(|text| text.parse().ok()) {
+            disk.resize(count);
+        }
+    }
     server.stop();
     Ok(())
+}
+
+/// Whether the state that was waited for came; its time being over is no error.
+fn is_in(waited: xenstore_client::Result<State>) -> Result<bool, Failure> {
+    match waited {
+        Ok(_) => Ok(true),
+        Err(xenstore_client::Error::Timeout { .. }) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Waits for one of these states; false when the program is to end instead.
@@ -212,10 +229,8 @@ fn offer(
 /// When XenStore refuses, or is gone.
 pub(crate) fn wait_for(store: &Client, path: &str, wanted: &[State], stop: &AtomicBool) -> Result<bool, Failure> {
     while !stop.load(Ordering::Acquire) {
-        match toolstack::wait_state(store, path, wanted, LOOK) {
-            Ok(_) => return Ok(true),
-            Err(xenstore_client::Error::Timeout { .. }) => {}
-            Err(error) => return Err(error.into()),
+        if is_in(toolstack::wait_state(store, path, wanted, LOOK))? {
+            return Ok(true);
         }
     }
     Ok(false)

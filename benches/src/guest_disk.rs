@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct GuestDisk {
     geometry: Geometry,
+    /// Bytes; a disk may grow.
+    size: AtomicU64,
     lanes: Vec<Lane>,
     next: AtomicUsize,
 }
@@ -72,7 +74,13 @@ impl GuestDisk {
             threads.push(std::thread::Builder::new().name(format!("blkfront-{number}")).spawn(|| runner.run())?);
             lanes.push(Lane { sender, wake, stop });
         }
-        Ok((Arc::new(Self { geometry, lanes, next: AtomicUsize::new(0) }), Threads(threads)))
+        let size = AtomicU64::new(geometry.size_bytes);
+        Ok((Arc::new(Self { geometry, size, lanes, next: AtomicUsize::new(0) }), Threads(threads)))
+    }
+
+    /// The backend says that the disk has `sectors` units of 512 bytes now. NBD clients that connect from now on see it.
+    pub fn resize(&self, sectors: u64) {
+        self.size.store(sectors.saturating_mul(512), Ordering::Release);
     }
 
     /// Lets the threads finish what they have, and returns the queues. Commands that come later fail.
@@ -90,7 +98,7 @@ impl GuestDisk {
 
 impl Disk for GuestDisk {
     fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry { size_bytes: self.size.load(Ordering::Acquire), ..self.geometry }
     }
 
     fn submit(&self, command: Command, done: Completion) {
