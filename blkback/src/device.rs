@@ -150,9 +150,9 @@ impl Listener {
     /// Notes a failed flush where the disk's detachment and the end of this process do not reach. On the queue's thread,
     /// and before anybody can learn of the failure and attach the disk anew.
     fn remember(&self, image: &Image, reason: &str) {
-        let noted = image.identity().map_err(|error| error.to_string()).and_then(|identity| {
-            let store = self.xen.store().map_err(|error| error.to_string())?;
-            doubt::note(&store, self.xen.domid(), &identity, image.path(), reason).map_err(|error| error.to_string())
+        let noted = self.xen.store().map_err(|error| error.to_string()).and_then(|store| {
+            doubt::note(&store, self.xen.domid(), image.identity(), image.path(), reason)
+                .map_err(|error| error.to_string())
         });
         match noted {
             Ok(()) => tracing::error!(image = %image.path().display(), "{reason}"),

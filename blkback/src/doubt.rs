@@ -10,34 +10,16 @@
 //! blkback/in-doubt/<identity>/reason    what went wrong
 //! ```
 
-use std::fs::Metadata;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+mod identity;
+
 use std::path::Path;
-use std::time::UNIX_EPOCH;
+
+pub use identity::{identity_of, identity_of_export};
 
 use xenstore_client::{Client, DomId, Result, Store};
 
 use crate::image;
 use crate::spec::Access;
-
-/// What distinguishes a file or device from all others, whatever it is called, as the name of a node.
-pub fn identity_of(metadata: &Metadata) -> String {
-    if metadata.file_type().is_block_device() {
-        return format!("device-{:x}", metadata.rdev());
-    }
-    // A file that was deleted leaves its number to the next one, which was made later.
-    let made = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    format!("file-{:x}-{:x}-{:x}", metadata.dev(), metadata.ino(), made.map_or(0, |made| made.as_nanos()))
-}
-
-/// The same for an export of an NBD server.
-pub fn identity_of_export(export: &str) -> String {
-    // FNV-1a: names of nodes may not have all characters that exports may.
-    let hash = export
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
-    format!("nbd-{hash:x}")
-}
 
 fn identity_at(path: &Path) -> Option<String> {
     match image::export(path) {

@@ -39,6 +39,7 @@ use crate::spec::Access;
 pub struct Image {
     file: File,
     path: PathBuf,
+    identity: String,
     /// Files under a loop device, claimed along with it.
     _under: Vec<File>,
     /// The server, if the image is not on this machine.
@@ -207,6 +208,7 @@ impl Image {
         let bytes = size(&mut file)?;
         let mut image = Self {
             path: path.to_owned(),
+            identity: doubt::identity_of(metadata),
             sectors: AtomicU64::new(bytes / SECTOR),
             found: Mutex::default(),
             sector_size: SECTOR as u32,
@@ -248,6 +250,7 @@ impl Image {
         }
         let mut image = Self::none().map_err(io_problem("an idle descriptor"))?;
         image.path = text.into();
+        image.identity = doubt::identity_of_export(text);
         image.sectors = AtomicU64::new(info.size / SECTOR);
         image.unit = info.block.max(SECTOR as u32);
         image.physical_sector_size = image.unit.max(4096);
@@ -314,6 +317,7 @@ impl Image {
         Ok(Self {
             file: file.into(),
             path: PathBuf::new(),
+            identity: "none".to_owned(),
             _under: Vec::new(),
             remote: None,
             sectors: AtomicU64::new(0),
@@ -334,15 +338,10 @@ impl Image {
         })
     }
 
-    /// What distinguishes it from all others ([`doubt`]).
-    ///
-    /// # Errors
-    /// When the kernel does not say.
-    pub fn identity(&self) -> io::Result<String> {
-        match export(&self.path) {
-            Some(export) => Ok(doubt::identity_of_export(export)),
-            None => self.file.metadata().map(|metadata| doubt::identity_of(&metadata)),
-        }
+    /// What distinguishes it from all others ([`doubt`]). Found out when it was opened: a device that is being lost does
+    /// not tell any more.
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// Where it is.
