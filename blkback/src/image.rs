@@ -244,15 +244,22 @@ impl Image {
         let client = Client::connect(parse(text)?).map_err(remote_problem)?;
         let info = client.info();
         check_remote(info.size, info.flags, access)?;
-        if info.payload < LARGEST_REQUEST {
+        let unit = info.block.max(SECTOR as u32);
+        // A request that begins and ends inside of units takes a unit more.
+        if info.payload < LARGEST_REQUEST + 2 * unit {
             let source = io::Error::other(format!("it takes at most {} bytes at a time, too few", info.payload));
             return Err(Problem::Io { what: "the NBD server", source });
         }
         let mut image = Self::none().map_err(io_problem("an idle descriptor"))?;
         image.path = text.into();
         image.identity = doubt::identity_of_export(text);
-        image.sectors = AtomicU64::new(info.size / SECTOR);
-        image.unit = info.block.max(SECTOR as u32);
+        // What is no whole unit at the end cannot be read.
+        let served = info.size / u64::from(unit) * u64::from(unit);
+        if served < SECTOR {
+            return Err(Problem::Empty(served));
+        }
+        image.sectors = AtomicU64::new(served / SECTOR);
+        image.unit = unit;
         image.physical_sector_size = image.unit.max(4096);
         image.discard = access != Access::ReadOnly && info.flags & NBD_FLAG_SEND_TRIM != 0;
         image.zeroes = false;
@@ -382,8 +389,8 @@ fn check_remote(size: u64, flags: u16, access: Access) -> Result<(), Problem> {
 /// Numbers of network file systems (statfs(2), linux/magic.h): nfs, cifs, smb2, 9p, ceph, afs.
 const NETWORK: [u32; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x0102_1997, 0x00c3_6400, 0x5346_414f];
 
-/// Bytes of the largest request of a guest: 256 segments, and a unit more at each end.
-const LARGEST_REQUEST: u32 = (256 + 2) * 4096;
+/// Bytes of the largest request of a guest: 256 segments of a page.
+const LARGEST_REQUEST: u32 = 256 * 4096;
 
 /// The number of the block device that a path leads to.
 pub fn device_at(path: &Path) -> Option<(u32, u32)> {

@@ -140,10 +140,20 @@ fn leave_silent_stores() -> ! {
     }
 }
 
-/// Serves with all of these until `stop`, each on a control thread of its own; when one ends, all do.
+/// Stops everybody when it is dropped: also when its thread panics, or nobody would know that it is gone.
+struct StopAll<'a>(&'a StopHandle);
+
+impl Drop for StopAll<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// Serves with all of these until `stop`, each on a control thread of its own; when one ends, all do, however it ends.
 ///
 /// # Errors
-/// The first driver's that failed.
+/// The first driver's that failed or panicked: the process is of no use any more, and is to end with an exit code that says
+/// so.
 pub fn serve<K>(drivers: Vec<Driver<K>>, stop: &StopHandle) -> Result<(), Failure>
 where
     K: Kind + Send,
@@ -152,9 +162,8 @@ where
     std::thread::scope(|scope| {
         let run = |mut driver: Driver<K>| {
             scope.spawn(move || {
-                let outcome = driver.run(stop);
-                stop.stop();
-                outcome
+                let _all = StopAll(stop);
+                driver.run(stop)
             })
         };
         let threads: Vec<_> = drivers.into_iter().map(run).collect();
@@ -163,4 +172,72 @@ where
             Err(_) => Err("a control thread panicked; see the log".into()),
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use xenstore_client::Store;
+    use xenstore_client::server::Server;
+    use xenstore_client::xenbus::{DeviceId, Fault, Keys, Notifier};
+
+    use super::*;
+
+    /// A kind of devices that panics when there is one.
+    struct Panics(&'static str);
+
+    struct Never;
+
+    impl Kind for Panics {
+        type Device = Never;
+
+        fn name(&self) -> &str {
+            self.0
+        }
+
+        fn frontend_keys(&self) -> &[&str] {
+            &[]
+        }
+
+        fn create(&mut self, _: &DeviceId, _: &Keys, _: Notifier) -> Result<Never, Fault> {
+            panic!("as a bug of ours would")
+        }
+    }
+
+    impl Device for Never {
+        fn features(&mut self) -> Result<Vec<(String, String)>, Fault> {
+            Ok(Vec::new())
+        }
+        fn open(&mut self, _: &Keys) -> Result<Vec<(String, String)>, Fault> {
+            Ok(Vec::new())
+        }
+        fn connect(&mut self, _: &Keys) -> Result<Vec<(String, String)>, Fault> {
+            Ok(Vec::new())
+        }
+        fn disconnect(&mut self) {}
+        fn release(&mut self) {}
+    }
+
+    /// A server whose control thread is gone must not stay, well to look at and dead to its guests.
+    #[test]
+    fn a_panic_of_one_control_thread_ends_them_all() {
+        let server = Server::new().unwrap();
+        let store = server.connect(DomId::DOM0).unwrap();
+        let (done, ended) = std::sync::mpsc::channel();
+        let drivers: Vec<_> = ["well", "bad"]
+            .map(|name| Driver::new(server.connect(DomId::DOM0).unwrap(), DomId::DOM0, Panics(name)).unwrap())
+            .into();
+        std::thread::spawn(move || {
+            let stop = StopHandle::new().unwrap();
+            let outcome = serve(drivers, &stop).map_err(|error| error.to_string());
+            done.send((outcome, stop.is_stopped())).unwrap();
+        });
+        let back = "/local/domain/0/backend/bad/1/0";
+        let keys =
+            [("frontend", "/local/domain/1/device/bad/0"), ("frontend-id", "1"), ("online", "1"), ("state", "1")];
+        for (key, value) in keys {
+            store.write(&format!("{back}/{key}"), value).unwrap();
+        }
+        let (outcome, stopped) = ended.recv_timeout(Duration::from_secs(60)).expect("serve goes on for ever");
+        assert!(outcome.unwrap_err().contains("panicked") && stopped);
+    }
 }

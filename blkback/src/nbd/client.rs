@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -24,6 +24,10 @@ const CONNECTIONS: usize = 4;
 const LOG_SOFT: u64 = 32 << 20;
 /// Bytes of such writes beyond which further writes wait.
 const LOG_HARD: u64 = 128 << 20;
+/// How long a server may say nothing to a queue that is being closed before it counts as hung.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How long the connections of a disk that is let go of may take to end.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// The first pause before a new attempt to connect, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -108,6 +112,12 @@ struct State {
     /// One of them is lost, and the others with it.
     broken: bool,
     streams: Vec<Stream>,
+    /// Threads that send and have not ended.
+    senders: usize,
+    /// Nothing is left of this client's threads.
+    ended: bool,
+    /// When the server last answered something.
+    heard: Option<Instant>,
     /// Requests to be sent, by their cookies.
     outgoing: VecDeque<u64>,
     requests: BTreeMap<u64, Request>,
@@ -147,6 +157,23 @@ impl Shared {
     fn flushes(&self) -> bool {
         self.info.flags & NBD_FLAG_SEND_FLUSH != 0
     }
+
+    /// Waits as long as `condition` holds, and not longer than `longest`.
+    fn wait<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        longest: Duration,
+        condition: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        let waited = self.changed.wait_timeout_while(state, longest, |state| condition(state));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+impl Request {
+    fn is_for(&self, mailbox: &Arc<Mailbox>) -> bool {
+        self.whose.as_ref().is_some_and(|(whose, _)| Arc::ptr_eq(whose, mailbox))
+    }
 }
 
 impl Client {
@@ -165,7 +192,11 @@ impl Client {
         });
         let keeper = {
             let shared = Arc::clone(&shared);
-            std::thread::Builder::new().name("nbd-keeper".into()).spawn(move || keep(&shared, link))?
+            let body = move || {
+                let _ended = Ended(&shared);
+                keep(&shared, link);
+            };
+            std::thread::Builder::new().name("nbd-keeper".into()).spawn(body)?
         };
         Ok(Self { shared, keeper: Some(keeper) })
     }
@@ -199,15 +230,26 @@ impl Client {
         self.shared.to_send.notify_one();
     }
 
-    /// Ends what a queue waits for with an error if there is no server that could answer it.
-    pub(super) fn give_up(&self, mailbox: &Arc<Mailbox>) {
+    /// A queue is being closed: what it waits for ends with an error if there is no server that could answer it, or none
+    /// that has answered anything for some seconds of the `asked` for which the queue has been asking.
+    pub(super) fn give_up(&self, mailbox: &Arc<Mailbox>, asked: Duration) {
         let mut state = self.shared.state();
         if state.connected {
-            return;
+            let silent = state.heard.is_none_or(|heard| heard.elapsed() > SILENCE);
+            let waits = state.requests.values().any(|request| request.is_for(mailbox));
+            if !(waits && silent && asked > SILENCE) {
+                return;
+            }
+            tracing::warn!(export = %self.shared.export, "the NBD server has hung: its connections are ended");
+            // It may still carry out what it has got; from here on nothing that it says is heard.
+            state.connected = false;
+            state.broken = true;
+            state.streams.iter().for_each(Stream::end);
+            self.shared.changed.notify_all();
+            self.shared.to_send.notify_all();
         }
-        let mine = |request: &Request| request.whose.as_ref().is_some_and(|(whose, _)| Arc::ptr_eq(whose, mailbox));
         let cookies: Vec<u64> =
-            state.requests.iter().filter(|(_, request)| mine(request)).map(|(&cookie, _)| cookie).collect();
+            state.requests.iter().filter(|(_, request)| request.is_for(mailbox)).map(|(&cookie, _)| cookie).collect();
         for cookie in cookies {
             state.outgoing.retain(|&other| other != cookie);
             if let Some(Request { whose: Some((mailbox, token)), .. }) = state.requests.remove(&cookie) {
@@ -218,10 +260,22 @@ impl Client {
 }
 
 impl Drop for Client {
+    /// The server sees its connections end; a server that hangs cannot hold us up, because this is the control thread.
     fn drop(&mut self) {
-        self.shared.state().stopping = true;
+        let mut state = self.shared.state();
+        state.stopping = true;
         self.shared.to_send.notify_all();
         self.shared.changed.notify_all();
+        let longest = 2 * GOODBYE;
+        state = self.shared.wait(state, longest, |state| !state.ended);
+        let ended = state.ended;
+        // One that is being made is ended by its thread.
+        state.streams.iter().for_each(Stream::end);
+        drop(state);
+        if !ended {
+            tracing::warn!(export = %self.shared.export, "a connection to the NBD server ends later: it is being made");
+            return;
+        }
         if self.keeper.take().is_some_and(|keeper| keeper.join().is_err()) {
             tracing::error!("the thread that keeps an NBD connection had panicked");
         }
@@ -288,6 +342,16 @@ impl State {
     }
 }
 
+/// Says that the keeper is gone when it is dropped: also if it panicked.
+struct Ended<'a>(&'a Shared);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.state().ended = true;
+        self.0.changed.notify_all();
+    }
+}
+
 /// The keeper's life: connections come, go, and come again.
 fn keep(shared: &Arc<Shared>, first: Link) {
     let mut link = Some(first);
@@ -309,13 +373,12 @@ fn keep(shared: &Arc<Shared>, first: Link) {
         }
         let (senders, receivers): (Vec<_>, Vec<_>) = threads.into_iter().unzip();
         if stopping {
-            join(senders);
-            end(shared);
-        } else {
-            end(shared);
-            shared.to_send.notify_all();
-            join(senders);
+            // One that is stuck in the middle of a write says none.
+            drop(shared.wait(shared.state(), GOODBYE, |state| state.senders > 0));
         }
+        end(shared);
+        shared.to_send.notify_all();
+        join(senders);
         join(receivers);
         if stopping {
             return;
@@ -368,6 +431,9 @@ fn restore(shared: &Shared, mut link: Link) -> io::Result<Link> {
     }
     let log: Vec<_> = shared.state().log.iter().map(|logged| (logged.offset, Arc::clone(&logged.data))).collect();
     for (offset, data) in log {
+        if shared.state().stopping {
+            return Err(io::Error::other("the disk is let go of"));
+        }
         let header = Request::header(&Ask::Write { offset, data: Arc::clone(&data) }, u64::MAX);
         send(&mut link.stream, &header, &data)?;
         let mut reply = [0; SIMPLE_REPLY_SIZE];
@@ -412,8 +478,19 @@ fn start(shared: &Arc<Shared>, links: Vec<Link>) -> Threads {
             let (one, two) = (Arc::clone(shared), Arc::clone(shared));
             let receiver = spawn("nbd-replies", Box::new(move || run(&two, |shared| receive(shared, reader))))?;
             shared.state().streams.push(handle);
-            let sender = spawn("nbd-requests", Box::new(move || run(&one, |shared| send_all(shared, link.stream))))?;
-            Ok((sender, receiver))
+            shared.state().senders += 1;
+            let body = move || {
+                run(&one, |shared| send_all(shared, link.stream));
+                one.state().senders -= 1;
+                one.changed.notify_all();
+            };
+            match spawn("nbd-requests", Box::new(body)) {
+                Ok(sender) => Ok((sender, receiver)),
+                Err(error) => {
+                    shared.state().senders -= 1;
+                    Err(error)
+                }
+            }
         })();
         match spawned {
             Ok(pair) => threads.push(pair),
@@ -423,7 +500,11 @@ fn start(shared: &Arc<Shared>, links: Vec<Link>) -> Threads {
             }
         }
     }
-    shared.state().connected = true;
+    let mut state = shared.state();
+    // It has not had the time to say anything.
+    state.heard = Some(Instant::now());
+    state.connected = !state.broken;
+    drop(state);
     shared.to_send.notify_all();
     threads
 }
@@ -521,6 +602,7 @@ fn receive(shared: &Shared, stream: Stream) -> io::Result<()> {
             other => Err(io::Error::other(format!("NBD error {other}"))),
         };
         let mut state = shared.state();
+        state.heard = Some(Instant::now());
         state.finish(cookie, answer, shared.flushes());
         if !state.outgoing.is_empty() {
             drop(state);

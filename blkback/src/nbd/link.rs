@@ -4,15 +4,18 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use rustix::net::sockopt;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use super::export::{Export, Place};
 use super::protocol::*;
 
-/// How long a server may take for the handshake.
+/// How long a server may take to be connected to, and then for the handshake as a whole.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The largest of the minimum block sizes that a server may name (proto.md, Size constraints).
+const LARGEST_BLOCK: u32 = 1 << 16;
 /// Longest reply to an option that is read: an error message.
 const LONGEST_REPLY: u32 = 64 << 10;
 
@@ -28,7 +31,7 @@ pub enum Stream {
 impl Stream {
     fn connect(place: &Place) -> io::Result<Self> {
         match place {
-            Place::Unix(path) => UnixStream::connect(path).map(Self::Unix),
+            Place::Unix(path) => connect_unix(path).map(Self::Unix),
             Place::Tcp(host, port) => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
                 for address in (host.as_str(), *port).to_socket_addrs()? {
@@ -90,6 +93,30 @@ impl Stream {
     }
 }
 
+/// Connects to a Unix socket. Where a server does not accept, and others wait for that already, connect(2) would wait for
+/// ever.
+fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    let began = Instant::now();
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    loop {
+        match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) if began.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(rustix::io::Errno::AGAIN) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "it accepts no connection"));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 /// Has the kernel end a connection whose other end is gone without a word: its machine lost power, or the network is cut.
 /// Noticed after some 25 s of silence (tcp(7)).
 fn notice_silence(stream: &TcpStream) -> io::Result<()> {
@@ -140,7 +167,7 @@ pub struct Info {
 /// A connection that is ready for requests.
 #[derive(Debug)]
 pub struct Link {
-    /// The connection. Reads and writes fail after five seconds, until it is told to [`be_patient`](Stream::be_patient).
+    /// The connection. Reads and writes fail after a few seconds, until it is told to [`be_patient`](Stream::be_patient).
     pub stream: Stream,
     /// What the server said.
     pub info: Info,
@@ -150,7 +177,28 @@ fn odd(text: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text.into())
 }
 
-fn read<const N: usize>(stream: &mut Stream) -> io::Result<[u8; N]> {
+/// A connection during its handshake, which has one deadline: a server that says a byte now and then is none.
+struct Handshake {
+    stream: Stream,
+    deadline: Instant,
+}
+
+impl Read for Handshake {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let late = || io::Error::new(io::ErrorKind::TimedOut, "it does not come to an end with the handshake");
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
+        }
+        self.stream.set_patience(Some(left))?;
+        self.stream.read(buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => late(),
+            _ => error,
+        })
+    }
+}
+
+fn read<const N: usize>(stream: &mut Handshake) -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     stream.read_exact(&mut bytes)?;
     Ok(bytes)
@@ -162,20 +210,24 @@ impl Link {
     /// # Errors
     /// When nobody listens, when it is no NBD server, when it has no such export.
     pub fn make(export: &Export) -> io::Result<Self> {
-        let mut stream = Stream::connect(&export.place)?;
+        let stream = Stream::connect(&export.place)?;
         stream.set_patience(Some(PATIENCE))?;
-        let greeting: [u8; GREETING_SIZE] = read(&mut stream)?;
+        let mut handshake = Handshake { stream, deadline: Instant::now() + PATIENCE };
+        let greeting: [u8; GREETING_SIZE] = read(&mut handshake)?;
         let [init, magic] = [0, 8].map(|at| u64_at(&greeting, at));
         let flags = u16::from_be_bytes([greeting[16], greeting[17]]);
         if (init, magic) != (NBD_INIT_MAGIC, NBD_OPTS_MAGIC) || flags & NBD_FLAG_FIXED_NEWSTYLE == 0 {
             return Err(odd("it is no NBD server, or one older than 2011 (fixed newstyle is needed)"));
         }
         let wanted = NBD_FLAG_C_FIXED_NEWSTYLE | if flags & NBD_FLAG_NO_ZEROES != 0 { NBD_FLAG_C_NO_ZEROES } else { 0 };
-        stream.write_all(&wanted.to_be_bytes())?;
+        handshake.stream.write_all(&wanted.to_be_bytes())?;
         let query = ExportQuery { name: export.name.as_bytes(), infos: vec![NBD_INFO_BLOCK_SIZE] }.encode();
-        stream.write_all(&OptionHeader { option: NBD_OPT_GO, length: query.len() as u32 }.encode())?;
-        stream.write_all(&query)?;
-        let info = replies(&mut stream)?;
+        handshake.stream.write_all(&OptionHeader { option: NBD_OPT_GO, length: query.len() as u32 }.encode())?;
+        handshake.stream.write_all(&query)?;
+        let info = replies(&mut handshake)?;
+        let stream = handshake.stream;
+        // What follows, until it is told to be patient, has its time anew.
+        stream.set_patience(Some(PATIENCE))?;
         Ok(Self { stream, info })
     }
 }
@@ -185,7 +237,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 /// Reads the replies to NBD_OPT_GO.
-fn replies(stream: &mut Stream) -> io::Result<Info> {
+fn replies(stream: &mut Handshake) -> io::Result<Info> {
     let mut info = Info { size: 0, flags: 0, block: 1, payload: MAX_PAYLOAD };
     let mut known = false;
     loop {
@@ -206,13 +258,26 @@ fn replies(stream: &mut Stream) -> io::Result<Info> {
             NBD_REP_INFO => match data.split_first_chunk().map(|(kind, rest)| (u16::from_be_bytes(*kind), rest)) {
                 Some((NBD_INFO_EXPORT, rest)) if rest.len() == 10 => {
                     info.size = u64_at(rest, 0);
+                    if i64::try_from(info.size).is_err() {
+                        return Err(odd(format!(
+                            "it says that the export has {} bytes, more than there can be",
+                            info.size
+                        )));
+                    }
                     info.flags = u16::from_be_bytes([rest[8], rest[9]]);
                     known = true;
                 }
                 Some((NBD_INFO_BLOCK_SIZE, rest)) if rest.len() == 12 => {
                     let word = |at: usize| u32::from_be_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]]);
                     info.block = word(0).max(1);
-                    info.payload = word(8).clamp(info.block, MAX_PAYLOAD);
+                    if !info.block.is_power_of_two() || info.block > LARGEST_BLOCK {
+                        return Err(odd(format!(
+                            "it says that requests have to be multiples of {} bytes; the protocol has powers of two up to \
+                             {LARGEST_BLOCK} for that",
+                            info.block
+                        )));
+                    }
+                    info.payload = word(8).min(MAX_PAYLOAD);
                 }
                 // The export's name or description; or something that was not asked for.
                 _ => {}

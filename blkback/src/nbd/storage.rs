@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hypervisor::memory::IoList;
 
@@ -22,6 +22,8 @@ pub struct NbdStorage {
     own_bell: u32,
     /// Memory of what is under way.
     memory: HashMap<u32, IoList>,
+    /// Since when the queue is being closed.
+    giving_up: Option<Instant>,
     /// What was asked for that no server can do.
     refused: VecDeque<Done>,
 }
@@ -41,6 +43,7 @@ impl NbdStorage {
             bells,
             own_bell: wakers.len() as u32,
             memory: HashMap::new(),
+            giving_up: None,
             refused: VecDeque::new(),
         })
     }
@@ -102,7 +105,8 @@ impl Storage for NbdStorage {
     }
 
     fn give_up(&mut self) {
-        self.client.give_up(&self.mailbox);
+        let since = *self.giving_up.get_or_insert_with(Instant::now);
+        self.client.give_up(&self.mailbox, since.elapsed());
     }
 }
 
