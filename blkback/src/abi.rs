@@ -32,6 +32,9 @@ pub enum Status {
     Error = -1,
     /// This backend does not do that.
     NotSupported = -2,
+    /// Not done. blkif.h has no name for it; to frontends every number but those above is an error, while Linux' blkfront
+    /// takes -1 for an empty flush to mean that there is nothing to flush.
+    Aborted = -3,
 }
 
 /// Bytes in a sector of the protocol, whatever the disk's own sectors are.

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use hypervisor::kernel::XEN_BLKBACK;
 use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
-use hypervisor::{Backend, DomId};
-use xenstore_client::Client;
+use hypervisor::{Backend, DomId, Machine};
 use xenstore_client::xenbus::Driver;
 use xenstore_client::xenbus::toolstack::{find_domain, find_past_domain};
+use xenstore_client::{Client, Store};
 
 use crate::device::{Config, KINDS, VbdKind};
 use crate::doubt;
@@ -130,6 +131,16 @@ struct Serve {
     /// Offer discards on no disk
     #[arg(long)]
     no_discard: bool,
+    /// Serve only the disks of this folder of XenStore's: vbd3, those with backendtype=tap, beside xen-blkback; or vbd
+    #[arg(long, value_name = "KIND", value_parser = KINDS)]
+    only: Option<String>,
+}
+
+impl Serve {
+    /// The folders to serve.
+    fn kinds(&self) -> Vec<&'static str> {
+        KINDS.into_iter().filter(|kind| self.only.as_ref().is_none_or(|only| only == kind)).collect()
+    }
 }
 
 /// Under these names the program is Xen's hotplug script for disks: /etc/xen/scripts/block is a link to it, and
@@ -152,9 +163,17 @@ fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Serve(serve) => {
             program::log_to_stderr("info");
             let signals = StopSignals::block()?;
+            let machine = cli.machine.machine()?;
+            if serve.kinds().contains(&XEN_BLKBACK.kind) && XEN_BLKBACK.is_loaded(&machine) {
+                let refusal = XEN_BLKBACK.refusal("blkback");
+                return Err(format!(
+                    "{refusal}; or serve only what it does not take, disks with backendtype=tap (blkback serve --only vbd3)"
+                )
+                .into());
+            }
             let xen = join()?;
             let _claim = cli.machine.claim("blkback")?;
-            run_server(xen, serve, &signals)
+            run_server(machine, xen, serve, &signals)
         }
         Command::Attach { domain, disk, wait } => {
             let words: Vec<&str> = disk.iter().map(String::as_str).collect();
@@ -228,9 +247,17 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             }
         }
         Command::List { domains } => {
-            let store = cli.machine.machine()?.store()?;
+            let machine = cli.machine.machine()?;
+            let store = machine.store()?;
+            let here = match machine {
+                Machine::Emulated(_) => cli.machine.backend_domid,
+                // Ours: it can be missing in dom0's directory.
+                Machine::Xen => store.read_opt("domid")?.and_then(|id| id.parse().ok()).unwrap_or(DomId::DOM0),
+            };
+            // Also the kernel's disks are below backend/vbd.
+            let served = machine.is_claimed("blkback", here)? || XEN_BLKBACK.is_loaded(&machine);
             for domain in domains {
-                print!("{}", toolstack::list(&store, find_domain(&store, &domain)?)?);
+                print!("{}", toolstack::list(&store, find_domain(&store, &domain)?, (!served).then_some(here))?);
             }
             Ok(())
         }
@@ -256,7 +283,7 @@ fn change(xen: &dyn Backend, domain: &str, vdev: &str, image: Option<&str>) -> R
     Ok(drive::change(&store, xen.domid(), frontend, vdev, image)?)
 }
 
-fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Result<(), Failure> {
+fn run_server(machine: Machine, xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Result<(), Failure> {
     let mut limits = Limits {
         ring_page_order: serve.ring_order,
         indirect_segments: serve.indirect,
@@ -270,14 +297,19 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Res
     let domid = xen.domid();
     let store = xen.store()?;
     let stop = signals.stop_handle();
-    let config = Config { limits, cpus: serve.cpus };
-    let drivers = KINDS
+    let config = Config { limits, cpus: serve.cpus.clone(), logs: Some(machine.folder("blkback")) };
+    let kinds = serve.kinds();
+    let drivers = kinds
+        .iter()
         .map(|name| {
             let kind = VbdKind::new(name, Arc::clone(&xen), config.clone());
             Driver::new(store.clone(), domid, kind)
         })
-        .into_iter()
         .collect::<Result<Vec<_>, _>>()?;
-    println!("blkback: serving {}", KINDS.map(|name| format!("{}/backend/{name}", domid.home())).join(" and "));
+    if kinds.contains(&XEN_BLKBACK.kind) {
+        XEN_BLKBACK.watch(machine, "blkback")?;
+    }
+    let served: Vec<String> = kinds.iter().map(|name| format!("{}/backend/{name}", domid.home())).collect();
+    println!("blkback: serving {}", served.join(" and "));
     program::serve(drivers, &stop)
 }

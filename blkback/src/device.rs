@@ -2,11 +2,13 @@
 
 mod hold;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hypervisor::Backend;
 use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 
+use crate::abort::{Abort, Remains};
 use crate::barrier::Barriers;
 use crate::bounce::Units;
 use crate::counters::Counters;
@@ -14,6 +16,7 @@ use crate::device_model::DeviceModel;
 use crate::doubt;
 use crate::health::Health;
 use crate::image::{Image, Size};
+use crate::inflight;
 use crate::lookout::Lookout;
 use crate::medium::Medium;
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS, Limits};
@@ -29,6 +32,8 @@ pub struct Config {
     pub limits: Limits,
     /// Processors for queues, taken in turn; empty to let the scheduler choose.
     pub cpus: Vec<usize>,
+    /// The folder for logs of what is in flight, which the next process looks for there.
+    pub logs: Option<PathBuf>,
 }
 
 /// The directories below `backend/` that are ours: `vbd` is what libxl writes for backendtype=phy, `vbd3` for
@@ -80,6 +85,7 @@ impl Kind for VbdKind {
             device_model: None,
             lookout: None,
             waiting: None,
+            abort: None,
         })
     }
 }
@@ -137,6 +143,8 @@ pub struct Vbd {
     lookout: Option<Lookout>,
     /// The guest, connected, waits for that.
     waiting: Option<Agreed>,
+    /// The rings of a killed predecessor, whose requests get an error.
+    abort: Option<Abort>,
 }
 
 /// What the queues' threads speak to.
@@ -332,6 +340,7 @@ impl Vbd {
                 cpu: self.next_cpu(),
                 measures: index == 0,
                 hold_when_full: medium.hold_when_full,
+                log: self.log(index),
             };
             let listener = Listener {
                 xen: Arc::clone(&self.xen),
@@ -345,6 +354,12 @@ impl Vbd {
         workers.iter_mut().for_each(Worker::serve);
         self.workers = workers;
         Ok(())
+    }
+
+    /// Where what is in flight on a queue is logged.
+    fn log(&self, queue: usize) -> Option<PathBuf> {
+        let DeviceId { kind, frontend_id, devid, .. } = &self.id;
+        self.config.logs.as_ref().map(|folder| folder.join(format!("{kind}-{frontend_id}-{devid}-{queue}")))
     }
 
     fn next_cpu(&self) -> Option<usize> {
@@ -398,7 +413,46 @@ impl Device for Vbd {
         Ok(keys)
     }
 
+    /// A killed predecessor's disk is not served on: its guest may have got errors, and whoever wanted the image meanwhile
+    /// could have it. It is opened when the guest comes back.
+    fn reopen(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
+        self.opened_with = Some(backend.clone());
+        Ok(Vec::new())
+    }
+
+    fn reattach(&mut self, frontend: &Keys) -> Result<(), Fault> {
+        // The dead process may have been started with other limits.
+        let agreed = negotiate::agree(frontend, &Limits { queues: 64, ring_page_order: 4, ..self.config.limits })?;
+        let rings = agreed.queues.iter().enumerate().map(|(index, keys)| {
+            Remains::of(&*self.xen, self.id.frontend_id, keys, agreed.protocol, self.log(index).as_ref())
+        });
+        let rings = rings.collect::<Result<Vec<_>, _>>()?;
+        let store = self.xen.store().map_err(|error| Fault::host(libc::EIO, error.to_string()))?;
+        let logs: Vec<PathBuf> = (0..rings.len()).filter_map(|index| self.log(index)).collect();
+        let notifier = self.notifier.clone();
+        let ended = move || {
+            for log in logs {
+                if let Err(error) = inflight::remove(&log) {
+                    tracing::warn!(log = %log.display(), %error, "removing the log of requests in flight");
+                }
+            }
+            notifier.disconnected();
+        };
+        let name = format!("{}.vbd{}-end", self.id.frontend_id, self.id.devid);
+        self.abort = Some(Abort::begin(rings, name, (store, self.id.frontend_path.clone()), ended)?);
+        let text = "the process that served this disk was killed: the guest's requests end with errors, and the disk \
+                    closes; detach it and attach it again, or restart the guest";
+        self.notifier.fault(Fault::host(libc::EPIPE, text));
+        Ok(())
+    }
+
     fn may_connect(&mut self) -> Result<bool, Fault> {
+        // After `reopen`: connect publishes what open says.
+        if self.medium.is_none()
+            && let Some(keys) = self.opened_with.clone()
+        {
+            self.open(&keys)?;
+        }
         self.may_use()
     }
 
@@ -454,6 +508,9 @@ impl Device for Vbd {
 
     fn disconnect(&mut self) {
         self.waiting = None;
+        if let Some(abort) = &self.abort {
+            return abort.close();
+        }
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.stopping = true;
         if running.queues == 0 {
@@ -468,6 +525,7 @@ impl Device for Vbd {
             self.log_totals();
         }
         self.workers.clear();
+        self.abort = None;
         self.lookout = None;
         self.running.lock().unwrap_or_else(PoisonError::into_inner).yields = None;
         self.medium = None;

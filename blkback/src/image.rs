@@ -305,7 +305,10 @@ impl Image {
 
     fn learn_file(&mut self, block: u64, bytes: u64, writable: bool) {
         let block = u32::try_from(block).unwrap_or(4096).clamp(512, 4096);
-        self.physical_sector_size = block;
+        // What is below the file system, not its blocks: guests lay out file systems and databases by this number, and
+        // must find the same one on a file that was a loop device's before. Where no one device is below, sectors are 512.
+        let below = self.file.metadata().map_or(0, |metadata| size::physical_sectors(device_number(metadata.dev())));
+        self.physical_sector_size = below.max(SECTOR as u32);
         // Freeing what lies past the end changes nothing, and shows whether the file system knows how. Past the end of
         // the file: the disk's may come before it, and what lies between is not ours to free.
         let past = bytes.next_multiple_of(4096);
@@ -422,6 +425,21 @@ mod tests {
         let fifo = dir.path().join("fifo");
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         assert!(problem(&fifo, Access::ReadOnly).contains("neither a regular file"));
+    }
+
+    /// As a loop device over it has it: not the file system's blocks of 4096 bytes.
+    #[test]
+    fn a_file_has_the_physical_sectors_of_the_storage_below_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let image = Image::open(file.path(), Access::Write).unwrap();
+        let (major, minor) = device_number(file.as_file().metadata().unwrap().dev());
+        // Which of the two a machine has is its own affair.
+        let sys = format!("/sys/dev/block/{major}:{minor}");
+        let below = ["queue", "../queue"].iter().find_map(|at| {
+            std::fs::read_to_string(format!("{sys}/{at}/physical_block_size")).ok()?.trim().parse().ok()
+        });
+        assert_eq!(image.physical_sector_size, below.unwrap_or(512).max(image.unit), "{sys}");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! From the wire upwards: [`abi`] knows the bytes, [`request`] what they ask for, [`negotiate`] what both sides agree
 //! on; [`image`] opens a disk, [`lock`] claims it, [`storage`] runs its I/O; [`health`] says whether it
-//! still keeps its promises, [`doubt`] remembers that it did not, [`takeover`] has a migrating guest wait for its disk,
+//! still keeps its promises, [`doubt`] remembers that it did not, [`inflight`] what was not answered, and [`abort`] answers
+//! that with errors when its process was killed, [`takeover`] has a migrating guest wait for its disk,
 //! [`device_model`] knows who has the disk of an HVM guest before its own driver comes;
 //! [`erase`] erases for good; [`grants`] gets at the guest's pages;
 //! [`queue`] brings all of that together for one ring, [`worker`] gives it a thread, [`device`] a life. [`spec`] and
@@ -12,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+pub mod abort;
 pub mod barrier;
 pub mod below;
 pub mod bounce;
@@ -28,6 +30,7 @@ pub mod grants;
 pub mod health;
 pub mod hotplug;
 pub mod image;
+pub mod inflight;
 pub mod lock;
 pub mod lookout;
 pub mod medium;

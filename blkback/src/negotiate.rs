@@ -125,7 +125,7 @@ pub fn describe(image: &Image, limits: &Limits, kind: Kind) -> Pairs {
     let info = bit(cdrom, VDISK_CDROM) | bit(removable, VDISK_REMOVABLE) | bit(read_only, VDISK_READONLY);
     let mut keys = vec![
         // Both: a frontend that knows flushes prefers them, and does not stop everything for each.
-        pair("feature-flush-cache", u32::from(limits.flush)),
+        pair("feature-flush-cache", u32::from(limits.flush && !read_only)),
         pair("feature-barrier", u32::from(limits.barrier && !read_only)),
         pair("feature-persistent", u32::from(limits.persistent)),
         pair("feature-discard", u32::from(discard)),

@@ -31,6 +31,7 @@ use crate::barrier::{Barriers, Seat};
 use crate::counters::Counters;
 use crate::grants::Grants;
 use crate::health::Health;
+use crate::inflight::{self, InFlightLog};
 use crate::request::{self, Refusal, Shape, Transfer, Work};
 use crate::storage::{Done, Storage};
 
@@ -101,6 +102,8 @@ pub struct Parts<S> {
     pub wake: Arc<OwnedFd>,
     /// Read by others.
     pub counters: Arc<Counters>,
+    /// What is in flight, for who comes after us.
+    pub log: Option<InFlightLog>,
 }
 
 /// A ring, its event channel, the guest's pages and the disk.
@@ -134,13 +137,14 @@ pub struct Queue<S> {
     segments: Vec<Segment>,
     /// Lists to be used again.
     lists: Vec<IoList>,
+    in_flight_log: Option<InFlightLog>,
     log: LogGate,
 }
 
 impl<S: Storage> Queue<S> {
     /// Puts a queue together. The frontend may already have made requests.
     pub fn new(parts: Parts<S>) -> Self {
-        let Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters } = parts;
+        let Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters, log } = parts;
         let entries = ring.layout().entries();
         let most = shape.indirect.max(DIRECT_SEGMENTS);
         assert!(shape.indirect <= SEGMENTS_PER_PAGE, "indirect descriptors are read from one page");
@@ -166,6 +170,7 @@ impl<S: Storage> Queue<S> {
             holds: true,
             segments: Vec::with_capacity(most),
             lists: (0..entries).map(|_| IoList::with_capacity(DIRECT_SEGMENTS)).collect(),
+            in_flight_log: log,
             log: LogGate::default(),
         }
     }
@@ -270,11 +275,15 @@ impl<S: Storage> Queue<S> {
         let pending = self.ring.pending()?.min(BATCH);
         for _ in 0..pending {
             let mut slot = Slot::new(self.protocol);
+            let index = self.ring.taken();
             if !self.can_take() || !self.ring.consume(slot.record()) {
                 break;
             }
             progress.taken += 1;
-            let due = Due::new(&slot);
+            let mut due = Due::new(&slot);
+            if let Some(log) = &mut self.in_flight_log {
+                due.logged = Some(log.take(index, inflight::Request { id: due.id, operation: due.operation }));
+            }
             if let Err((due, reason)) = self.start_one(&slot, due) {
                 self.refuse(due, reason, progress);
             }
@@ -576,14 +585,22 @@ impl<S: Storage> Queue<S> {
 
     #[inline]
     fn answer(&mut self, due: Due, status: Status, progress: &mut Progress) {
+        let logged = due.logged;
         let (id, operation) = due.spend();
+        if let (Some(log), Some(place)) = (&mut self.in_flight_log, logged) {
+            log.answer(place, self.ring.answered());
+        }
         self.ring.respond(Response::new(self.protocol, id, operation, status).record());
         progress.answered += 1;
     }
 
     /// Shows the answers to the guest and wakes it if it asked to be.
     fn show(&mut self) -> Result<(), Broken> {
-        if self.ring.publish() {
+        let notify = self.ring.publish();
+        if let Some(log) = &mut self.in_flight_log {
+            log.published();
+        }
+        if notify {
             self.counters.notifications.add(1);
             self.channel.notify().map_err(|source| Broken::Host { what: "event channel", source })?;
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use xenstore_client::xenbus::{State, toolstack};
 use xenstore_client::{Client, DomId, Store};
 
-use crate::device::{ON_HOLD, RESIZE_STATUS};
+use crate::device::{KINDS, ON_HOLD, RESIZE_STATUS};
 use crate::doubt;
 use crate::hotplug;
 use crate::spec::{Access, DiskSpec, Format, TargetKind};
@@ -195,11 +195,12 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
 }
 
 /// A domain's disks, in the columns of `xl block-list`; a disk that failed, whose writes wait for room, or whose storage
-/// has lost its size, has a line that says so below it.
+/// has lost its size, has a line that says so below it. So has one that its guest uses and nobody serves: `unserved` is
+/// the backend domain that has no server, if that is so.
 ///
 /// # Errors
 /// When XenStore refuses.
-pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
+pub fn list(store: &Client, frontend: DomId, unserved: Option<DomId>) -> Result<String, Error> {
     use std::fmt::Write as _;
 
     let mut text = String::from("Vdev  BE  handle state evt-ch ring-ref BE-path\n");
@@ -217,6 +218,9 @@ pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
         // Writing to a String cannot fail.
         let _ =
             writeln!(text, "{number:<5} {backend_id:<3} {frontend:<6} {state:<5} {port:<6} {ring:<8} {backend:<30}");
+        if unserved.is_some_and(|domid| is_served_by_nobody(&backend, domid)) && is_connected(store, &backend)? {
+            let _ = writeln!(text, "      {}: {NO_SERVER}", Vdev::from_number(number).name());
+        }
         for key in ["error", ON_HOLD, RESIZE_STATUS] {
             // A number is the size of a disk with which all is well.
             let said = store.read_opt(&format!("{backend}/{key}"))?.filter(|said| said.parse::<u64>().is_err());
@@ -226,4 +230,18 @@ pub fn list(store: &Client, frontend: DomId) -> Result<String, Error> {
         }
     }
     Ok(text)
+}
+
+/// What `list` says of a disk in state 4 without a server.
+const NO_SERVER: &str = "no server: blkback was killed, or stopped without an end, while the guest used this disk, and the \
+                         guest waits; start it again (blkback serve): the disk then ends with I/O errors in the guest";
+
+/// Whether a backend's directory is one of ours, below `domid`.
+fn is_served_by_nobody(backend: &str, domid: DomId) -> bool {
+    KINDS.iter().any(|kind| backend.starts_with(&format!("{}/backend/{kind}/", domid.home())))
+}
+
+fn is_connected(store: &Client, backend: &str) -> Result<bool, Error> {
+    let state = store.read_opt(&format!("{backend}/state"))?;
+    Ok(state.as_deref().and_then(State::parse) == Some(State::Connected))
 }

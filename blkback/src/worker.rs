@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -22,6 +23,7 @@ use crate::counters::Counters;
 use crate::grants::Grants;
 use crate::health::Health;
 use crate::image::Image;
+use crate::inflight::{Connection, InFlightLog};
 use crate::negotiate::QueueKeys;
 use crate::queue::{Broken, Parts, Queue};
 use crate::request::Shape;
@@ -70,6 +72,8 @@ pub struct Plan {
     pub measures: bool,
     /// Whether writes wait when the storage is full.
     pub hold_when_full: bool,
+    /// Where what is in flight is logged.
+    pub log: Option<PathBuf>,
 }
 
 /// What a queue is told while it serves. Each is answered by [`Report::Changed`].
@@ -254,6 +258,7 @@ fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<Bounced<Below>>, Fault
         units,
         counters,
         hold_when_full,
+        log,
         ..
     } = plan;
     let ring = xen
@@ -268,7 +273,16 @@ fn build(plan: Plan, wake: &Arc<OwnedFd>) -> Result<Queue<Bounced<Below>>, Fault
     let grants = Grants::new(xen, peer, ARENA_PAGES, most_kept).map_err(|error| host("memory for copies", error))?;
     let ring = BackRing::attach(ring, layout, 0);
     let wake = Arc::clone(wake);
-    let parts = Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters };
+    let connection = Connection { entries: layout.entries(), gref: keys.ring[0], port: keys.port };
+    let log = log.and_then(|path| match InFlightLog::create(&path, connection) {
+        Ok(log) => Some(log),
+        Err(error) => {
+            let path = path.display();
+            tracing::warn!(%path, %error, "no log of what is in flight: should this process be killed, its guest hangs");
+            None
+        }
+    });
+    let parts = Parts { ring, protocol, grants, channel, storage, shape, health, barriers, wake, counters, log };
     let mut queue = Queue::new(parts);
     queue.hold_when_full(hold_when_full);
     Ok(queue)

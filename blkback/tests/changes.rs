@@ -116,7 +116,7 @@ fn a_file_that_shrinks() {
     let dom0 = Dom0::start();
     let image = dom0.image("disk.img", 1 << 20);
     let disk = dom0.connected(&image, "w", &Options::default());
-    let listed = || blkback::toolstack::list(&dom0.store, Guest::domid(&*disk.guest)).unwrap();
+    let listed = || blkback::toolstack::list(&dom0.store, Guest::domid(&*disk.guest), None).unwrap();
     grow(&image, 1 << 19);
     until("the list says so", || listed().contains("has 1024 sectors now"));
     grow(&image, 1 << 20);

@@ -117,6 +117,7 @@ impl Lane {
             barriers: Arc::clone(barriers),
             wake: Arc::clone(&wake),
             counters: Arc::default(),
+            log: None,
         });
         Self {
             front,

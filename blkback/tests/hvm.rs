@@ -230,7 +230,7 @@ fn a_driver_that_comes_while_the_emulated_disk_is_live_waits() {
     let driver = connecting(&guest);
     until("it says why it waits", || key(&dom0, &guest, ON_HOLD).is_some_and(|said| said.contains("device model")));
     assert_eq!(key(&dom0, &guest, "state").as_deref(), Some("2"));
-    let listed = blkback::toolstack::list(&dom0.store, Guest::domid(&*guest)).unwrap();
+    let listed = blkback::toolstack::list(&dom0.store, Guest::domid(&*guest), None).unwrap();
     assert!(listed.contains("emulated disk is in use"), "{listed}");
     nobody_else_gets(&dom0, &image, "while both wait");
     model.unplug();

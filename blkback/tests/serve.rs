@@ -51,7 +51,7 @@ fn round_trip(queue: &mut Queue, sector: u64, pages: u32, seed: u64) {
 #[test]
 fn every_shape_of_ring() {
     for persistent in [true, false] {
-        let dom0 = Dom0::with(Config { limits: Limits { queues: 4, ..Limits::default() }, cpus: vec![] });
+        let dom0 = Dom0::with(Config { limits: Limits { queues: 4, ..Limits::default() }, ..Config::default() });
         let image = dom0.image("disk.img", 8 << 20);
         for protocol in [Protocol::X86_64, Protocol::X86_32, Protocol::Arm] {
             for (ring_order, queues) in [(0, 1), (1, 1), (4, 1), (0, 2), (2, 4)] {
@@ -194,7 +194,7 @@ fn the_directory_that_libxl_writes_for_backendtype_tap() {
 #[test]
 fn barriers_on_every_queue() {
     let limits = Limits { queues: 4, flush: false, ..Limits::default() };
-    let dom0 = Dom0::with(Config { limits, cpus: vec![] });
+    let dom0 = Dom0::with(Config { limits, ..Config::default() });
     let image = dom0.image("disk.img", 8 << 20);
     let options = Options { queues: 4, pool_pages: 32, ..Options::default() };
     let mut disk = dom0.connected(&image, "w", &options);
@@ -247,7 +247,7 @@ fn small_sectors_on_large_ones() {
         }
     }
     let _mounted = Mounted(place_name);
-    let dom0 = Dom0::with(Config { limits: Limits { queues: 2, ..Limits::default() }, cpus: vec![] });
+    let dom0 = Dom0::with(Config { limits: Limits { queues: 2, ..Limits::default() }, ..Config::default() });
     let image = place.join("disk.img");
     std::fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
     assert_eq!(blkback::image::Image::open(&image, blkback::spec::Access::Write).unwrap().unit, 4096);

@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
@@ -18,6 +18,41 @@ pub struct Claim {
 }
 
 impl Machine {
+    /// Where `program` keeps what the next process of its kind must find, and a reboot must not leave.
+    pub fn folder(&self, program: &str) -> PathBuf {
+        match self {
+            Self::Emulated(dir) => dir.join(program),
+            Self::Xen => Path::new("/run").join(program),
+        }
+    }
+
+    /// Whether a process has the right to be `program` in the backend domain `domid` at this moment.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub fn is_claimed(&self, program: &str, domid: DomId) -> Result<bool> {
+        let path = self.lock(program, domid);
+        let failed = |error: std::io::Error| Error::io(format!("locking {}", path.display()), error);
+        let lock = match std::fs::File::open(&path) {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(failed(error)),
+        };
+        // Given back at once; who wants to serve tries for longer than that.
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(false),
+            Err(Errno::WOULDBLOCK) => Ok(true),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    fn lock(&self, program: &str, domid: DomId) -> PathBuf {
+        match self {
+            Self::Emulated(dir) => dir.join(format!("{program}-{domid}.lock")),
+            Self::Xen => PathBuf::from(format!("/run/{program}.lock")),
+        }
+    }
+
     /// Takes the right to be `program` in the backend domain `domid` of this machine. On real Xen the lock is
     /// `/run/PROGRAM.lock`, on an emulated machine a file of its directory. A predecessor that is about to end gets
     /// `patience` for it.
@@ -25,10 +60,7 @@ impl Machine {
     /// # Errors
     /// [`Error::Invalid`], with the process, when another keeps it; else when the file cannot be opened.
     pub fn claim(&self, program: &str, domid: DomId, patience: Duration) -> Result<Claim> {
-        let path = match self {
-            Self::Emulated(dir) => dir.join(format!("{program}-{domid}.lock")),
-            Self::Xen => PathBuf::from(format!("/run/{program}.lock")),
-        };
+        let path = self.lock(program, domid);
         let failed = |error: std::io::Error| Error::io(format!("locking {}", path.display()), error);
         let mut open = std::fs::OpenOptions::new();
         let mut lock =
@@ -88,7 +120,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let machine = Machine::Emulated(dir.path().into());
         let claim = |program, domid, patience| machine.claim(program, DomId(domid), Duration::from_secs(patience));
+        assert!(!machine.is_claimed("blkback", DomId(0)).unwrap());
         let first = claim("blkback", 0, 0).unwrap();
+        assert!(machine.is_claimed("blkback", DomId(0)).unwrap());
         let refused = claim("blkback", 0, 0).unwrap_err().to_string();
         assert!(refused.contains(&format!("(process {})", std::process::id())), "{refused}");
         let _others = [claim("blkback", 5, 0).unwrap(), claim("netback", 0, 0).unwrap()];

@@ -12,6 +12,7 @@ mod claim;
 pub mod emu;
 pub mod event;
 pub mod grant;
+pub mod kernel;
 pub mod memory;
 pub mod program;
 pub mod xen;

@@ -8,8 +8,9 @@ use std::time::Duration;
 use bridge_scripts::apply::{Guard, Options};
 use bridge_scripts::vif;
 use clap::{Args, Parser, Subcommand};
+use hypervisor::Backend;
+use hypervisor::kernel::XEN_NETBACK;
 use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
-use hypervisor::{Backend, Machine};
 use xenstore_client::Client;
 use xenstore_client::xenbus::Driver;
 use xenstore_client::xenbus::toolstack::{find_domain, find_past_domain};
@@ -93,9 +94,11 @@ fn execute(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Serve(serve) => {
             let signals = StopSignals::block()?;
-            preflight::check(cli.machine.machine()? == Machine::Xen)?;
+            let machine = cli.machine.machine()?;
+            preflight::check(&machine)?;
             let xen = cli.machine.join()?;
             let _claim = cli.machine.claim("netback")?;
+            XEN_NETBACK.watch(machine, "netback")?;
             run_server(xen, serve, &signals)
         }
         Command::Attach { domain, vif, wait } => {

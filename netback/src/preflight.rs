@@ -1,14 +1,13 @@
 //! What `netback serve` needs of the machine, looked at before it begins.
 
 use std::io;
-use std::path::Path;
 
+use hypervisor::Machine;
+use hypervisor::kernel::XEN_NETBACK;
 use rustix::thread::CapabilitySet;
 
 /// Makes interfaces (`drivers/net/tun.c`).
 const TUN: &str = "/dev/net/tun";
-/// There while the kernel's own backend is loaded (`drivers/net/xen-netback/xenbus.c` registers it).
-const KERNEL_BACKEND: &str = "/sys/bus/xen-backend/drivers/vif";
 
 /// What was found.
 #[derive(Debug)]
@@ -21,24 +20,22 @@ struct Facts {
     kernel_backend: bool,
 }
 
-/// Whether interfaces can be served here; `on_xen` is false for an emulated machine, whose interfaces no kernel takes.
+/// Whether interfaces can be served here.
 ///
 /// # Errors
 /// A sentence that says what to do.
-pub fn check(on_xen: bool) -> Result<(), String> {
+pub fn check(machine: &Machine) -> Result<(), String> {
     let capabilities = rustix::thread::capabilities(None).map_err(|error| format!("reading capabilities: {error}"))?;
     judge(&Facts {
         net_admin: capabilities.effective.contains(CapabilitySet::NET_ADMIN),
         tun: std::fs::File::options().read(true).write(true).open(TUN).map(drop),
-        kernel_backend: on_xen && Path::new(KERNEL_BACKEND).exists(),
+        kernel_backend: XEN_NETBACK.is_loaded(machine),
     })
 }
 
 fn judge(facts: &Facts) -> Result<(), String> {
     if facts.kernel_backend {
-        return Err("the kernel's own backend, xen-netback, is loaded and takes every interface: unload it (modprobe -r \
-                    xen-netback), and keep it away with the line `blacklist xen-netback` in /etc/modprobe.d/netback.conf"
-            .to_owned());
+        return Err(XEN_NETBACK.refusal("netback"));
     }
     if !facts.net_admin {
         return Err("network interfaces are made by root only (CAP_NET_ADMIN): run this as root, or, to try it on an \

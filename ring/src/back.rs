@@ -32,9 +32,28 @@ impl<M: RingMemory> BackRing<M> {
         Self { memory, layout, req_prod: start, req_cons: start, rsp_prod: start, published: start }
     }
 
+    /// The backend's half of a ring whose backend died. The frontend can see as many responses as the ring says; of
+    /// its requests `taken` were taken, which only a log of the dead one's can know.
+    pub fn resume(memory: M, layout: Layout, taken: u32) -> Self {
+        let published = memory.load(Field::RspProd);
+        Self { memory, layout, req_prod: taken, req_cons: taken, rsp_prod: published, published }
+    }
+
     /// The ring's shape.
     pub fn layout(&self) -> Layout {
         self.layout
+    }
+
+    /// Requests taken so far, as the ring counts: the number that the next one has.
+    #[inline]
+    pub fn taken(&self) -> u32 {
+        self.req_cons
+    }
+
+    /// Responses written so far, as the ring counts: the number that the next one has.
+    #[inline]
+    pub fn answered(&self) -> u32 {
+        self.rsp_prod
     }
 
     /// Requests taken and not answered yet.

@@ -67,6 +67,33 @@ impl RingMemory for Mapping {
     }
 }
 
+impl<M: RingMemory> RingMemory for &M {
+    #[inline]
+    fn load(&self, field: Field) -> u32 {
+        (**self).load(field)
+    }
+
+    #[inline]
+    fn store(&self, field: Field, value: u32) {
+        (**self).store(field, value);
+    }
+
+    #[inline]
+    fn fence(&self) {
+        (**self).fence();
+    }
+
+    #[inline]
+    fn read_slot(&self, offset: usize, record: &mut [u8]) {
+        (**self).read_slot(offset, record);
+    }
+
+    #[inline]
+    fn write_slot(&self, offset: usize, record: &[u8]) {
+        (**self).write_slot(offset, record);
+    }
+}
+
 impl<M: RingMemory> RingMemory for Arc<M> {
     #[inline]
     fn load(&self, field: Field) -> u32 {

@@ -183,3 +183,38 @@ fn a_file_that_may_not_be_read_is_refused() {
     let said = fails(command.uid(65534).gid(65534));
     assert!(said.contains("permission denied"), "{said}");
 }
+
+/// The kernel's backend takes every disk of backend/vbd; those of backendtype=tap it does not know.
+#[test]
+fn beside_xen_blkback_only_tap_disks_are_served() {
+    let mut dom0 = Dom0::start();
+    let driver = dom0.dir().join("xen-backend/drivers/vbd");
+    let _guest = dom0.guest("web", &[]);
+    std::fs::create_dir_all(&driver).unwrap();
+    let said = fails(&mut dom0.blkback(["serve"]));
+    assert!(said.contains("modprobe -r xen-blkback") && said.contains("--only vbd3"), "{said}");
+    let hypervisor = dom0.hypervisor();
+    let began = std::time::Instant::now();
+    // Loaded beside one that runs: it says so.
+    let tap_only = ["serve", "--hypervisor", &hypervisor, "--only", "vbd3"];
+    let log = loop {
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        let log = std::mem::replace(&mut dom0.blkback, system_tests::Process::start("blkback", tap_only)).stop();
+        if log.contains("has been loaded beside this process") {
+            break log;
+        }
+        // The machine was too busy for its thread to look.
+        assert!(began.elapsed() < std::time::Duration::from_secs(60), "{log}");
+        std::fs::remove_dir(&driver).unwrap();
+        dom0.blkback = system_tests::Process::start("blkback", ["serve", "--hypervisor", &hypervisor]);
+        dom0.blkback.expect("serving");
+        std::fs::create_dir_all(&driver).unwrap();
+    };
+    assert!(log.contains("modprobe -r xen-blkback"), "{log}");
+    let serving = dom0.blkback.expect("serving");
+    assert!(serving.contains("backend/vbd3") && !serving.contains("backend/vbd "), "{serving}");
+    // A disk of backend/vbd is nobody's now.
+    let image = dom0.image("disk.img", 1 << 20);
+    let said = fails(&mut dom0.blkback(["attach", "web", &format!("{},raw,xvda,w", image.display())]));
+    assert!(said.contains("no backend took the disk up"), "{said}");
+}

@@ -71,6 +71,15 @@ impl Image {
     }
 }
 
+/// Bytes of a block device's physical sectors (queue/physical_block_size, Documentation/ABI/stable/sysfs-block of Linux); 0
+/// for what is none, such as the number btrfs or tmpfs have instead.
+pub(super) fn physical_sectors((major, minor): (u32, u32)) -> u32 {
+    let device = format!("/sys/dev/block/{major}:{minor}");
+    // A partition has its disk's.
+    let read = |folder: &str| std::fs::read_to_string(format!("{device}/{folder}/physical_block_size")).ok();
+    read("queue").or_else(|| read("../queue")).and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
 /// Bytes of a file or device that holds a sector at least.
 pub(super) fn size(file: &mut File) -> Result<u64, Problem> {
     let bytes = file.seek(SeekFrom::End(0)).map_err(io_problem("finding its size"))?;

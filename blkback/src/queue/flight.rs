@@ -14,13 +14,15 @@ pub(super) struct Due {
     pub(super) id: u64,
     /// What the answer says was asked.
     pub(super) operation: u8,
+    /// Where the log of requests in flight has it, if there is a log.
+    pub(super) logged: Option<u32>,
     spent: bool,
 }
 
 impl Due {
     /// Of a request that was just taken.
     pub(super) fn new(slot: &Slot) -> Self {
-        Self { id: slot.id(), operation: request::answered_operation(slot), spent: false }
+        Self { id: slot.id(), operation: request::answered_operation(slot), logged: None, spent: false }
     }
 
     /// What the answer needs.

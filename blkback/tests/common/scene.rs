@@ -47,7 +47,7 @@ pub fn config() -> Config {
         barrier: true,
         discard: true,
     };
-    Config { limits, cpus: vec![] }
+    Config { limits, ..Config::default() }
 }
 
 pub struct Scene {

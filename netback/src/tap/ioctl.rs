@@ -98,6 +98,45 @@ pub(super) fn set_mtu(name: &str, mtu: u16) -> io::Result<()> {
     done(unsafe { libc::ioctl(any_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })
 }
 
+/// `struct ethtool_cmd` (linux/ethtool.h), of which only the speed is of interest here.
+#[repr(C)]
+#[derive(Default)]
+struct EthtoolCmd {
+    cmd: u32,
+    modes: [u32; 2],
+    speed: u16,
+    duplex: u8,
+    port_to_mdio: [u8; 5],
+    most_packets: [u32; 2],
+    speed_hi: u16,
+    crossing: [u8; 2],
+    partner: u32,
+    reserved: [u32; 2],
+}
+
+const _: () = assert!(size_of::<EthtoolCmd>() == 44 && std::mem::offset_of!(EthtoolCmd, speed_hi) == 28);
+
+const ETHTOOL_SSET: u32 = 2;
+const SIOCETHTOOL: libc::c_ulong = 0x8946;
+/// DUPLEX_UNKNOWN; SPEED_UNKNOWN is all bits.
+const DUPLEX_UNKNOWN: u8 = 0xff;
+
+/// The interface has no speed that anybody knows.
+pub(super) fn forget_speed(name: &str) -> io::Result<()> {
+    let mut settings = EthtoolCmd {
+        cmd: ETHTOOL_SSET,
+        speed: u16::MAX,
+        speed_hi: u16::MAX,
+        duplex: DUPLEX_UNKNOWN,
+        ..EthtoolCmd::default()
+    };
+    let mut request = ifreq(name)?;
+    request.ifr_ifru.ifru_data = (&raw mut settings).cast();
+    // SAFETY: SIOCETHTOOL reads the struct ifreq `request` and, for ETHTOOL_SSET, the struct ethtool_cmd its pointer leads
+    // to; both live until the call is over.
+    done(unsafe { libc::ioctl(any_socket()?.as_raw_fd(), SIOCETHTOOL, &raw mut request) })
+}
+
 /// A socket of the calling thread's network namespace: tun devices do not take what concerns the MTU.
 fn any_socket() -> io::Result<OwnedFd> {
     let (family, kind) = (rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM);

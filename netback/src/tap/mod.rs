@@ -77,6 +77,9 @@ impl Tap {
         tap.set_carrier(false)?;
         ioctl::set_address(&tap.fd, name, [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff])
             .map_err(|source| error("SIOCSIFHWADDR", name, source))?;
+        // A tap says 10 Mbit/s, from Linux 6.10 or so on 10 Gbit/s, and bridges make a port's cost of that. Linux' netback
+        // says nothing, and its ports cost 100.
+        ioctl::forget_speed(name).map_err(|source| error("SIOCETHTOOL", name, source))?;
         Ok(tap)
     }
 

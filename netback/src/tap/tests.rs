@@ -43,6 +43,23 @@ fn frames_are_not_queued_before_a_tap() {
     });
 }
 
+/// As a port of Linux' netback: a bridge with a spanning tree must not prefer the way through a guest.
+#[test]
+fn a_tap_costs_a_bridge_as_much_as_a_vif_of_the_kernels() {
+    in_namespace(|| {
+        let tap = Tap::create("vif7.0").unwrap();
+        for words in ["link add br0 type bridge", "link set vif7.0 master br0", "link set vif7.0 up", "link set br0 up"]
+        {
+            let done = std::process::Command::new("ip").args(words.split(' ')).status();
+            assert!(done.is_ok_and(|status| status.success()), "{words}");
+        }
+        tap.set_carrier(true).unwrap();
+        let output = std::process::Command::new("ip").args(["-d", "-o", "link", "show", "vif7.0"]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains(" cost 100 "), "{said}");
+    });
+}
+
 #[test]
 fn a_tap_is_made_down_and_without_carrier() {
     in_namespace(|| {

@@ -112,6 +112,7 @@ impl<S: Storage> Lane<S> {
             barriers: Arc::clone(&together.barriers),
             wake: Arc::clone(&wake),
             counters: Arc::default(),
+            log: None,
         });
         let waiting = VecDeque::new();
         Self { front, listener, back, wake, waiting, asleep: false, event: false, woken: false, broken: false }

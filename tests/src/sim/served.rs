@@ -119,7 +119,7 @@ impl Served {
     /// # Errors
     /// When XenStore refuses.
     pub fn list(&self, guest: &GuestSeat) -> Result<String, String> {
-        toolstack::list(&self.store, Guest::domid(guest)).map_err(|error| error.to_string())
+        toolstack::list(&self.store, Guest::domid(guest), None).map_err(|error| error.to_string())
     }
 }
 

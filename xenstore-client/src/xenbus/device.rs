@@ -44,7 +44,7 @@ pub trait Kind {
 /// `disconnect` (answered by [`Notifier::disconnected`]), perhaps `features` and `connect` again, at last `release`.
 /// `open` is not repeated on a reconnect, because the medium stays open until `release`; only if it failed is it tried
 /// again when the frontend comes back. For a device found in state 4 (the process that served it died) the order is
-/// `open`, `reattach`.
+/// `reopen`, `reattach`.
 pub trait Device {
     /// What is published before state 2.
     ///
@@ -58,6 +58,14 @@ pub trait Device {
     /// # Errors
     /// As [`Device::features`].
     fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault>;
+
+    /// As [`open`](Self::open), for a device found in state 4, before [`reattach`](Self::reattach).
+    ///
+    /// # Errors
+    /// As [`Device::features`].
+    fn reopen(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
+        self.open(backend)
+    }
 
     /// Whether [`connect`](Self::connect) may be called now. If not, the frontend is left waiting at its state until
     /// [`Notifier::retry`], or until it starts over. Asked before each `connect`.

@@ -265,7 +265,12 @@ impl<D: Device> Slot<D> {
                 if let Some(failure) = failure {
                     return Ok(vec![failure, Input::Skipped]);
                 }
-                let keys = match self.device.as_mut().map(|device| device.open(&keys)) {
+                let found_serving = self.machine.own() != State::InitWait;
+                let opened = self.device.as_mut().map(|device| match found_serving {
+                    true => device.reopen(&keys),
+                    false => device.open(&keys),
+                });
+                let keys = match opened {
                     Some(Ok(keys)) => keys,
                     Some(Err(fault)) => return Ok(vec![Input::OpenFailed(fault)]),
                     None => return Ok(vec![Input::OpenFailed(Fault::host(5, "there is no device to open"))]),
