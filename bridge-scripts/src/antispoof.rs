@@ -29,6 +29,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::nft::bpf::{self, Section};
 use crate::nft::{
     Action, Base, Chain, Family, Field, Hook, HookKind, HookPoint, Match, Op, Policy, Rule, Set, SetKind, Table,
 };
@@ -141,6 +142,25 @@ pub fn table(vif: &str, rules: &Rules) -> Table {
             chain("guest_target", target(rules)),
         ],
     }
+}
+
+/// The table's parts, each a BPF program: see [`bpf`].
+const SECTIONS: [Section; 5] = [
+    Section { entry: "ingress", protocol: None, next: None, left: &["guest_arp", "guest_ip4", "guest_ip6"] },
+    Section { entry: "guest_arp", protocol: Some(ARP), next: None, left: &[] },
+    Section { entry: "guest_ip4", protocol: Some(IP), next: None, left: &[] },
+    Section { entry: "guest_ip6", protocol: Some(IP6), next: None, left: &["guest_icmp6"] },
+    Section { entry: "guest_icmp6", protocol: Some(IP6), next: Some(ICMPV6), left: &[] },
+];
+
+/// BPF programs that decide as a table of [`table`]'s does, but for its rates.
+pub fn programs(table: &Table) -> Option<Vec<Vec<bpf::Instruction>>> {
+    bpf::programs(table, &SECTIONS)
+}
+
+/// What tells these programs apart from others at a link.
+pub(crate) fn fingerprint(table: &Table) -> Option<u64> {
+    Some(crate::link::fingerprint_of(&programs(table)?))
 }
 
 /// What may stand as a source of IPv4: what was named, or everything that names one station.
@@ -486,6 +506,10 @@ mod tests {
                 let rules = Rules { mac: MAC, addresses: addresses.clone(), except, vlans };
                 let table = table("vif1.0", &rules);
                 table.check().unwrap();
+                let programs = programs(&table).unwrap();
+                // In a dump there is room for 32 KiB.
+                assert!(programs.iter().all(|program| program.len() < 1000), "too long to be read back");
+                println!("{:?}", programs.iter().map(Vec::len).collect::<Vec<_>>());
                 for rule in table.chains.iter().flat_map(|chain| &chain.rules) {
                     assert!(!has_two_inequalities(rule), "nft would make one of two: {rule}");
                 }

@@ -245,6 +245,8 @@ pub struct What {
     pub fdb: bool,
     /// Bridge VLANs of these links.
     pub vlans: bool,
+    /// Links at whose ingress BPF programs are looked for.
+    pub ingress: Vec<String>,
     /// Which of our tables nftables has, and what is in them.
     pub tables: bool,
     /// Sysctls, as paths below /proc/sys: `net/ipv4/ip_forward`.
@@ -264,6 +266,7 @@ impl What {
             fdb: true,
             vlans: true,
             tables: true,
+            ingress: Vec::new(),
             sysctls: Vec::new(),
             records: Vec::new(),
         }
@@ -292,6 +295,10 @@ pub struct State {
     pub vlans: Vec<BridgeVlan>,
     /// Our nftables tables (named `xen-...`) with their content, where it is known: we keep what we put in.
     pub tables: Vec<OurTable>,
+    /// Links that have BPF programs at their ingress, each with a number that tells programs apart; none where the kernel
+    /// has no such programs, or nobody asked.
+    #[serde(default)]
+    pub ingress: Option<BTreeMap<String, u64>>,
     /// The sysctls that were asked for and exist.
     pub sysctls: BTreeMap<String, String>,
     /// Our records (small files in the run directory) that were asked for and exist.

@@ -4,8 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::nft;
 use crate::state::{Address, BridgeVlan, Fdb, Kind, LinkState, Mac, Neighbour, PortFlags, Route, State};
+use crate::{antispoof, nft};
 
 /// One change. Links are named as they are called at that point of the plan.
 ///
@@ -139,6 +139,13 @@ pub enum Step {
     AddFdb(Fdb),
     /// Remove it.
     RemoveFdb(Fdb),
+    /// Decide about what a link receives by BPF programs too, which no flush of nftables takes away.
+    Ingress {
+        /// The link.
+        link: String,
+        /// The table as which they decide; none to take them away.
+        table: Option<nft::Table>,
+    },
     /// Write a sysctl.
     Sysctl {
         /// Its path below /proc/sys, with slashes (a link's name may have dots): `net/ipv4/conf/eth0.411/proxy_arp`.
@@ -266,6 +273,7 @@ impl Step {
                 None => vec![Self::RemoveFdb(new.clone())],
             },
             Self::RemoveFdb(old) => present(&before.fdb, old, Self::AddFdb),
+            Self::Ingress { link: name, .. } => undo_ingress(name, before),
             Self::Sysctl { path, value } => match before.sysctls.get(path) {
                 Some(was) if was != value => {
                     let mut undo = vec![Self::Sysctl { path: path.clone(), value: was.clone() }];
@@ -356,6 +364,19 @@ fn present<T: PartialEq + Clone>(had: &[T], old: &T, add: impl Fn(T) -> Step) ->
     if had.contains(old) { vec![add(old.clone())] } else { Vec::new() }
 }
 
+fn undo_ingress(name: &str, before: &State) -> Vec<Step> {
+    let Some(ingress) = &before.ingress else { return Vec::new() };
+    let back = |table| vec![Step::Ingress { link: name.to_owned(), table }];
+    let Some(had) = ingress.get(name) else { return back(None) };
+    // Those of the table that was there. Others are somebody else's doing, and cannot be made again.
+    let tables = before.tables.iter().filter_map(|table| table.content.as_ref());
+    let same = |table: &&nft::Table| antispoof::fingerprint(table).as_ref() == Some(had);
+    tables
+        .filter(|table| table.family == nft::Family::Netdev)
+        .find(same)
+        .map_or_else(Vec::new, |table| back(Some(table.clone())))
+}
+
 fn undo_table(family: nft::Family, name: &str, before: &State) -> Vec<Step> {
     match before.table(family, name) {
         Some(had) => had.content.iter().cloned().map(Step::Table).collect(),
@@ -408,6 +429,8 @@ impl fmt::Display for Step {
             Self::RemoveBridgeVlan(vlan) => write!(f, "no longer let {vlan}"),
             Self::AddFdb(entry) => write!(f, "add {entry}"),
             Self::RemoveFdb(entry) => write!(f, "remove {entry}"),
+            Self::Ingress { link, table: Some(_) } => write!(f, "filter what {link} receives by BPF too"),
+            Self::Ingress { link, table: None } => write!(f, "filter what {link} receives no longer by BPF"),
             Self::Sysctl { path, value } => write!(f, "write {value} to /proc/sys/{path}"),
             Self::Table(table) => write!(f, "put the nftables table {} {} in place", table.family.name(), table.name),
             Self::DropTable(family, name) => write!(f, "delete the nftables table {} {name}", family.name()),

@@ -132,13 +132,32 @@ impl Stage {
     }
 }
 
-/// Saves all rules and loads them again, as an administrator does.
-fn reload() {
-    let saved = sh("nft list ruleset");
-    nft_reads(&format!("flush ruleset\n{saved}")).unwrap();
+/// What happens to the filter before the frames are sent.
+#[derive(Clone, Copy, PartialEq)]
+enum Change {
+    None,
+    /// All rules are saved and loaded again, as an administrator does.
+    Reload,
+    /// The table is deleted, as `nft flush ruleset` does; only the BPF programs are left.
+    Delete,
 }
 
-fn run(script: &str, ip: bool, reloaded: bool) {
+impl Change {
+    fn make(self) {
+        match self {
+            Self::None => {}
+            Self::Reload => {
+                let saved = sh("nft list ruleset");
+                nft_reads(&format!("flush ruleset\n{saved}")).unwrap();
+            }
+            Self::Delete => {
+                sh("nft delete table netdev xen-vif1.0");
+            }
+        }
+    }
+}
+
+fn run(script: &str, ip: bool, change: Change) {
     let told = if ip || script == "vif-nat" { "addresses known" } else { "addresses unknown" };
     println!("== {script}, {told}");
     let open = stage(script, ip, false);
@@ -170,9 +189,11 @@ fn run(script: &str, ip: bool, reloaded: bool) {
     drop(open);
 
     let stage = stage(script, ip, true);
-    if reloaded {
-        reload();
+    if change == Change::Delete && !has_bpf(&stage.scene) {
+        println!("NOT TESTED: forged frames without nftables: this kernel has no sch_ingress or no cls_bpf");
+        return;
     }
+    change.make();
     let dom0 = (script == "vif-bridge").then(|| Cable::new("xenbr0"));
     let mut wrong = Vec::new();
     let known = ip || script == "vif-nat";
@@ -258,7 +279,41 @@ fn run(script: &str, ip: bool, reloaded: bool) {
 
 fn spoof(test: &str, script: &'static str, ip: bool) {
     if have("nft", "forged frames") {
-        alone(test, || run(script, ip, false));
+        alone(test, || run(script, ip, Change::None));
+    }
+}
+
+/// Whether this kernel could attach the BPF programs.
+fn has_bpf(scene: &Scene) -> bool {
+    !scene.run().join("no-bpf").exists()
+}
+
+/// While nobody has put the table back after a flush, the BPF programs let nothing else through.
+#[test]
+fn bridged_without_the_table() {
+    if have("nft", "forged frames") {
+        alone("bridged_without_the_table", || run("vif-bridge", true, Change::Delete));
+    }
+}
+
+#[test]
+fn bridged_without_the_table_and_addresses() {
+    if have("nft", "forged frames") {
+        alone("bridged_without_the_table_and_addresses", || run("vif-bridge", false, Change::Delete));
+    }
+}
+
+#[test]
+fn routed_without_the_table() {
+    if have("nft", "forged frames") {
+        alone("routed_without_the_table", || run("vif-route", true, Change::Delete));
+    }
+}
+
+#[test]
+fn nat_without_the_table() {
+    if have("nft", "forged frames") {
+        alone("nat_without_the_table", || run("vif-nat", false, Change::Delete));
     }
 }
 
@@ -266,14 +321,14 @@ fn spoof(test: &str, script: &'static str, ip: bool) {
 #[test]
 fn bridged_with_addresses_reloaded() {
     if have("nft", "forged frames") {
-        alone("bridged_with_addresses_reloaded", || run("vif-bridge", true, true));
+        alone("bridged_with_addresses_reloaded", || run("vif-bridge", true, Change::Reload));
     }
 }
 
 #[test]
 fn bridged_without_addresses_reloaded() {
     if have("nft", "forged frames") {
-        alone("bridged_without_addresses_reloaded", || run("vif-bridge", false, true));
+        alone("bridged_without_addresses_reloaded", || run("vif-bridge", false, Change::Reload));
     }
 }
 

@@ -22,6 +22,8 @@ pub(super) const RUN_VARIABLE: &str = "BRIDGE_SCRIPTS_RUN";
 /// The variable by which tests let a program fail or die, see [`Fault`].
 const FAULT_VARIABLE: &str = "BRIDGE_SCRIPTS_FAULT";
 pub(super) const JOURNAL: &str = "journal.json";
+/// There where the kernel has no BPF programs at a link's ingress, until the machine starts again.
+const NO_BPF: &str = "no-bpf";
 /// The end of the names of files that are being written, and get their name when they are whole.
 const DRAFT: &str = ".new";
 
@@ -158,7 +160,7 @@ impl Session {
         let wrong = |error: StepFault| Error::Read(Box::new(error));
         let mut restored = Restored::default();
         let run = self.options.run.clone();
-        for file in names(&run)?.iter().filter(|name| name.starts_with("table-") && name.ends_with(".json")) {
+        for file in table_files(&run)? {
             let Some(table) = kept(&run.join(file))?.filter(|table| wanted(&table.name)) else { continue };
             let devices = table.chains.iter().filter_map(|chain| chain.hook.as_ref()?.device.as_ref());
             let mut there = true;
@@ -315,6 +317,17 @@ impl Session {
             }
             Step::Record { name, content: Some(content) } => write_whole(&self.file(name), content),
             Step::Record { name, content: None } => remove_optional(&self.file(name)),
+            Step::Ingress { link, table: Some(_) } => match self.link.take(step, mode) {
+                // The kernel does not know clsact or bpf.
+                Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => {
+                    (self.options.say)(&format!(
+                        "this kernel cannot filter {link} by BPF too (modules sch_ingress and cls_bpf: {error}): whenever \
+                         nftables are flushed, frames pass unfiltered until netback has put the filter back"
+                    ));
+                    write_whole(&self.file(NO_BPF), &error.to_string())
+                }
+                other => Ok(other?),
+            },
             _ => Ok(self.link.take(step, mode)?),
         }
     }
@@ -350,6 +363,9 @@ fn table_file(run: &Path, family: Family, name: &str) -> PathBuf {
 fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Result<State, Error> {
     let wrong = |error: StepFault| Error::Read(Box::new(error));
     let mut state = link.read(what).map_err(|error| wrong(error.into()))?;
+    if run.join(NO_BPF).exists() {
+        state.ingress = None;
+    }
     if let Some(nft) = nft.filter(|_| what.tables) {
         let tables = nft.tables().map_err(|error| wrong(error.into()))?;
         for (family, name) in tables.into_iter().filter(|(_, name)| name.starts_with("xen-")) {
@@ -363,6 +379,13 @@ fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Resu
             };
             state.tables.push(OurTable { family, name, content });
         }
+        // Those that are to be there, and are not: whoever wants them gone has to forget them too.
+        for file in table_files(run)? {
+            let Some(Table { family, name, .. }) = kept(&run.join(file))? else { continue };
+            if state.table(family, &name).is_none() {
+                state.tables.push(OurTable { family, name, content: None });
+            }
+        }
     }
     for name in &what.records {
         if let Some(content) = read_optional(&run.join(name))? {
@@ -372,15 +395,20 @@ fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Resu
     Ok(state)
 }
 
+/// The names of the copies of tables.
+fn table_files(run: &Path) -> Result<Vec<String>, Error> {
+    record_names(run, "table-")
+}
+
 /// The copy of a table; none where there is none that makes sense.
 fn kept(path: &Path) -> Result<Option<Table>, Error> {
     Ok(read_optional(path)?.and_then(|text| serde_json::from_str(&text).ok()))
 }
 
-/// Whether a table is about one of the links that are asked for, or about all.
+/// Whether a table is about one of the links that are asked for. network-nat's, which is about all, is only looked up by
+/// interfaces: after `nft -f` it says the same in other instructions.
 fn concerns(what: &What, table: &str) -> bool {
-    let common = table == crate::network::nat::TABLE;
-    what.links.as_ref().is_none_or(|links| common || links.iter().any(|link| table.ends_with(link.as_str())))
+    what.links.as_ref().is_none_or(|links| links.iter().any(|link| table.ends_with(link.as_str())))
 }
 
 /// Reads the network's state without a [`Session`]: without waiting, without repairing, for those who only look.

@@ -8,6 +8,7 @@ mod addresses;
 mod change;
 mod conntrack;
 mod dump;
+mod ingress;
 mod links;
 mod qdisc;
 mod routes;
@@ -25,6 +26,7 @@ use wire::{Message, attrs, text, u16_at, u32_at};
 
 pub use change::Mode;
 pub use conntrack::forget_connections;
+pub(crate) use ingress::fingerprint_of;
 
 /// Bytes of room for one answer of the kernel. It never sends more than 32 KiB at a time in a dump.
 const ROOM: usize = 64 << 10;

@@ -281,13 +281,13 @@ impl CtState {
 }
 
 /// The bytes around some bits: the first, and how many.
-fn span(offset: u16, bits: u16) -> (u16, u16) {
+pub(super) fn span(offset: u16, bits: u16) -> (u16, u16) {
     let first = offset / 8;
     (first, (offset + bits).div_ceil(8) - first)
 }
 
 /// A value in the bytes that [`Writer::fetch`] brings for this field.
-fn placed(field: Field, value: &Value) -> Vec<u8> {
+pub(super) fn placed(field: Field, value: &Value) -> Vec<u8> {
     let (bytes, shift) = match field.layout().place {
         Place::Meta(_, bytes) => (bytes, 0),
         Place::Payload(_, offset, bits) => {

@@ -9,6 +9,7 @@
 //! * [`Nft`] sends changes as one batch, which the kernel applies whole or not at all.
 
 mod attributes;
+pub mod bpf;
 mod check;
 mod encode;
 mod expression;

@@ -1,8 +1,8 @@
 //! A step carried out on paper, and questions to a [`State`].
 
 use super::{Address, Kind, LinkState, OurTable, PortFlags, State};
-use crate::nft;
 use crate::step::Step;
+use crate::{antispoof, nft};
 
 /// IFLA_BR_VLAN_FILTERING of linux/if_link.h.
 pub(crate) const BRIDGE_VLAN_FILTERING: u16 = 7;
@@ -117,6 +117,14 @@ impl State {
                 self.fdb.push(new.clone());
             }
             Step::RemoveFdb(old) => self.fdb.retain(|had| had != old),
+            Step::Ingress { link, table } => {
+                if let Some(ingress) = &mut self.ingress {
+                    match table.as_ref().and_then(antispoof::fingerprint) {
+                        Some(programs) => ingress.insert(link.clone(), programs),
+                        None => ingress.remove(link),
+                    };
+                }
+            }
             Step::Sysctl { path, value } => {
                 self.sysctls.insert(path.clone(), value.clone());
             }
@@ -161,6 +169,7 @@ impl State {
         self.neighbours.retain(|neighbour| neighbour.dev != name);
         self.fdb.retain(|entry| entry.dev != name);
         self.vlans.retain(|vlan| vlan.dev != name);
+        self.ingress.as_mut().map(|ingress| ingress.remove(name));
         self.sysctls.retain(|path, _| path.split('/').nth(3) != Some(name));
         for link in self.links.values_mut() {
             if link.master.as_deref() == Some(name) {
@@ -197,6 +206,11 @@ impl State {
         self.neighbours.iter_mut().for_each(|neighbour| change(&mut neighbour.dev));
         self.fdb.iter_mut().for_each(|entry| change(&mut entry.dev));
         self.vlans.iter_mut().for_each(|vlan| change(&mut vlan.dev));
+        if let Some(ingress) = &mut self.ingress
+            && let Some(programs) = ingress.remove(from)
+        {
+            ingress.insert(to.to_owned(), programs);
+        }
         let renamed = |path: String| {
             let mut parts: Vec<&str> = path.split('/').collect();
             if let Some(name) = parts.get_mut(3).filter(|name| **name == from) {

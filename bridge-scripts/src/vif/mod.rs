@@ -325,6 +325,7 @@ fn read(session: &mut Session, settings: &Settings) -> Result<State, Error> {
         neighbours: settings.script != Script::Bridge,
         routes: settings.script != Script::Bridge,
         tables: true,
+        ingress: vec![settings.vif.clone(), settings.name.clone()],
         vlans: settings.vlans.is_some(),
         records: vec![record_name(&settings.vif), dnsmasq::HOSTS.to_owned(), dnsmasq::CONF.to_owned()],
         ..What::default()

@@ -69,6 +69,13 @@ impl Draft<'_> {
         }
     }
 
+    /// Takes away the BPF programs of the interface, which is called `name` by now.
+    fn drop_ingress(&mut self, name: &str) {
+        if self.before.ingress.as_ref().is_some_and(|ingress| ingress.contains_key(&self.was)) {
+            self.push(Step::Ingress { link: name.to_owned(), table: None });
+        }
+    }
+
     pub(super) fn drop_table(&mut self, family: Family, name: &str) {
         if self.before.table(family, name).is_some() {
             self.push(Step::DropTable(family, name.to_owned()));
@@ -158,6 +165,7 @@ pub fn offline(settings: &Settings, before: &State) -> Plan {
         if link.up {
             draft.push(Step::SetUp { link: was.clone(), up: false });
         }
+        draft.drop_ingress(&was);
         if settings.script == Script::Bridge {
             let entries = before.fdb.iter().filter(|entry| entry.dev == was && entry.mac == settings.mac).cloned();
             draft.steps.extend(entries.map(Step::RemoveFdb));
@@ -240,6 +248,7 @@ fn filter(draft: &mut Draft<'_>) {
             "WARNING: antispoof=off: domain {} can send from any address on {}, advertise routers and answer DHCP",
             settings.domid, settings.name
         ));
+        draft.drop_ingress(&settings.name);
         draft.drop_table(Family::Netdev, &antispoof::table_name(&settings.name));
         draft.drop_table(Family::Inet, &route::own_table_name(&settings.name));
         return;
@@ -252,7 +261,14 @@ fn filter(draft: &mut Draft<'_>) {
     if let Some(vlans) = &settings.vlans {
         rules.vlans.tagged = vlans.tagged_ranges();
     }
-    draft.table(antispoof::table(&settings.name, &rules));
+    let table = antispoof::table(&settings.name, &rules);
+    // Before the table: what takes it back has to know the former one.
+    if let Some(ingress) = &draft.before.ingress
+        && ingress.get(&draft.was).copied() != antispoof::fingerprint(&table)
+    {
+        draft.push(Step::Ingress { link: settings.name.clone(), table: Some(table.clone()) });
+    }
+    draft.table(table);
 }
 
 /// The bridge of an interface: the one that is named; if none is, xenbr0 as xl has it, or the machine's first; `ethN` for an `xenbrN` that does

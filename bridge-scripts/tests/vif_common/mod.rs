@@ -268,7 +268,8 @@ impl Scene {
         assert!(!tables.contains("xen-"), "{tables}");
         let files =
             std::fs::read_dir(self.run()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let left: Vec<String> = files.filter(|name| name != "lock" && name != "dnsmasq-hosts").collect();
+        let left: Vec<String> =
+            files.filter(|name| !["lock", "dnsmasq-hosts", "no-bpf"].contains(&name.as_str())).collect();
         assert_eq!(left, Vec::<String>::new());
     }
 }
