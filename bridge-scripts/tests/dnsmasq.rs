@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use vif_common::cable::{Beside, Cable, has};
 use vif_common::frames::{EVERYBODY, Mac, ether, ip4, udp};
-use vif_common::{Scene, alone, have, sh};
+use vif_common::{PATIENCE, Scene, alone, have, sh};
 
 const ONE: Mac = [0x00, 0x16, 0x3e, 0, 0, 1];
 const TWO: Mac = [0x00, 0x16, 0x3e, 0, 0, 2];
@@ -84,7 +84,7 @@ impl Guest {
     /// Asks until there is an answer, as clients do.
     fn asks(&self, options: &[u8]) -> Answer {
         let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(30) {
+        while begin.elapsed() < PATIENCE {
             self.send(options);
             for _ in 0..20 {
                 sleep(Duration::from_millis(20));
@@ -167,7 +167,7 @@ fn guests_get_their_addresses() {
         let log = run.join("log-of-dnsmasq");
         let dnsmasq = Dnsmasq::start(&conf, &log);
         let begin = Instant::now();
-        while !run.join("dnsmasq.pid").exists() && begin.elapsed() < Duration::from_secs(30) {
+        while !run.join("dnsmasq.pid").exists() && begin.elapsed() < PATIENCE {
             sleep(Duration::from_millis(20));
         }
         let guests = [(62, ONE, "10.0.62.1", [10, 0, 62, 128]), (300, TWO, "10.1.44.1", [10, 1, 44, 128])];

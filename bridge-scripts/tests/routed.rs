@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vif_common::cable::{Beside, Cable, has};
 use vif_common::frames::{Mac, ether, ip4, udp};
-use vif_common::{Scene, alone, have, sh};
+use vif_common::{PATIENCE, Scene, alone, have, sh};
 
 const GUEST: Mac = [0x00, 0x16, 0x3e, 0, 0, 1];
 const DOM0: Mac = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff];
@@ -40,7 +40,7 @@ fn dom0(beside: &Beside) -> (Cable, Cable) {
 fn until(from: &Cable, to: &Cable, frame: &[u8], text: &[u8]) -> Option<Vec<Vec<u8>>> {
     let begin = Instant::now();
     let mut got: Vec<Vec<u8>> = Vec::new();
-    while begin.elapsed() < Duration::from_secs(20) {
+    while begin.elapsed() < PATIENCE {
         from.send(frame);
         std::thread::sleep(Duration::from_millis(20));
         got.extend(to.received());

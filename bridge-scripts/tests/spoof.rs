@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use spoof_kinds::{DOM0, GUEST, OTHER, OUTSIDE, World, forged, is, legal, six};
 use vif_common::cable::{Beside, Cable, has};
 use vif_common::frames::{Arp, EVERYBODY, Mac, ether, ip4, udp};
-use vif_common::{Scene, alone, have, nft_reads, sh};
+use vif_common::{PATIENCE, Scene, alone, have, nft_reads, sh};
 
 struct Stage {
     scene: Scene,
@@ -102,15 +102,17 @@ impl Stage {
     fn settle(&self) {
         let begin = Instant::now();
         while through().0 == 0 {
-            assert!(begin.elapsed() < Duration::from_secs(10), "the interface carries nothing");
+            assert!(begin.elapsed() < PATIENCE, "the interface carries nothing");
             self.mark();
             std::thread::sleep(Duration::from_millis(20));
         }
         // Marks that are still on their way would be taken for later ones.
-        let mut last = (0, 0);
-        while last != through() {
-            last = through();
+        let (mut last, mut same) = (through(), 0);
+        while same < 5 {
             std::thread::sleep(Duration::from_millis(50));
+            let now = through();
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
         }
     }
 
@@ -125,7 +127,7 @@ impl Stage {
             if now.0 > before.0 {
                 return 1 + now.1 - before.1;
             }
-            if begin.elapsed() > Duration::from_secs(5) {
+            if begin.elapsed() > PATIENCE {
                 return now.1 - before.1;
             }
         }
@@ -247,7 +249,7 @@ fn run(script: &str, ip: bool, change: Change) {
         stage.outside.send(&from_outside(EVERYBODY, b"for everybody"));
         let mut got: Vec<Vec<u8>> = Vec::new();
         let begin = Instant::now();
-        while !got.iter().any(|frame| has(frame, b"for everybody")) && begin.elapsed() < Duration::from_secs(5) {
+        while !got.iter().any(|frame| has(frame, b"for everybody")) && begin.elapsed() < PATIENCE {
             got.extend(stage.guest.received());
         }
         assert!(got.iter().any(|frame| has(frame, b"for the guest")));
@@ -260,7 +262,7 @@ fn run(script: &str, ip: bool, change: Change) {
         stage.guest.send(&ether(DOM0, GUEST, 0x0800, &far));
         let begin = Instant::now();
         let mut got = None;
-        while got.is_none() && begin.elapsed() < Duration::from_secs(5) {
+        while got.is_none() && begin.elapsed() < PATIENCE {
             got = stage.outside.received().into_iter().find(|frame| has(frame, b"to the world"));
         }
         let source: [u8; 4] = got.expect("forwarded")[26..30].try_into().unwrap();

@@ -5,7 +5,7 @@
 mod vif_common;
 
 use bridge_scripts::apply::Fault;
-use vif_common::{Scene, alone_with_taps, same, sh, shown, try_sh};
+use vif_common::{Scene, alone_with_taps, becomes, now, sh, shown, try_sh};
 
 #[test]
 fn a_step_that_fails_leaves_nothing() {
@@ -93,7 +93,7 @@ fn a_change_that_fails_changes_nothing() {
                 if scene.online(script, 1, 0).is_ok() {
                     break;
                 }
-                same(&shown(), &before, &format!("{script} {first} to {then}, {fault:?}"));
+                becomes(now, &before, &format!("{script} {first} to {then}, {fault:?}"));
                 steps += 1;
             }
             println!("{script}: each of {steps} steps of a change failed once");

@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use vif_common::{Scene, alone_with_taps, have, same, sh, shown};
+use vif_common::{Scene, alone_with_taps, becomes, have, now, settle, sh};
 
 /// Numbers that look random and can be had again (Knuth's constants).
 struct Numbers(u64);
@@ -73,17 +73,22 @@ impl Guest {
 
     /// Everything that a program of ours may have changed.
     fn shown(&self) -> String {
+        settle();
+        self.now()
+    }
+
+    fn now(&self) -> String {
         let files = std::fs::read_dir(self.scene.run()).unwrap();
         let mut files: Vec<_> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
         files.retain(|name| name != "lock");
         files.sort();
         let hosts = std::fs::read_to_string(self.scene.run().join("dnsmasq-hosts")).unwrap_or_default();
-        format!("{}{files:?}\n{hosts}", shown())
+        format!("{}{files:?}\n{hosts}", now())
     }
 
     #[track_caller]
     fn is(&self, wanted: &str, when: &str) {
-        same(&self.shown(), wanted, &format!("{} {when}", self.script));
+        becomes(|| self.now(), wanted, &format!("{} {when}", self.script));
     }
 }
 

@@ -64,7 +64,7 @@ fn settled<T: PartialEq>(mut look: impl FnMut() -> T, wanted: Option<&T>) -> T {
     let began = Instant::now();
     loop {
         let seen = look();
-        if wanted.is_none_or(|wanted| *wanted == seen) || began.elapsed() > Duration::from_secs(10) {
+        if wanted.is_none_or(|wanted| *wanted == seen) || began.elapsed() > PATIENCE {
             return seen;
         }
         std::thread::sleep(Duration::from_millis(20));

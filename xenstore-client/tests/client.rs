@@ -10,7 +10,7 @@ use xenstore_client::server::Server;
 use xenstore_client::wire::{MessageType, Packet};
 use xenstore_client::{Access, Client, DomId, Error, ErrorCode, Perm, Result, Store, WatchEvent, Watcher};
 
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(60);
 
 fn event(path: &str, token: &str) -> Option<WatchEvent> {
     Some(WatchEvent { path: path.into(), token: token.into() })

@@ -11,7 +11,7 @@ use xenstore_client::xenbus::toolstack::{
 use xenstore_client::xenbus::{Device, DeviceId, Driver, Fault, Keys, Kind, Notifier, State, StopHandle};
 use xenstore_client::{Client, DomId, Error, Result, Store};
 
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(60);
 const GUEST: DomId = DomId(5);
 const VBD: DeviceAddress<'static> =
     DeviceAddress { kind: "vbd", frontend_kind: "vbd", backend: DomId::DOM0, frontend: GUEST, devid: 51712 };

@@ -21,7 +21,7 @@ use xenstore_client::Client;
 use xenstore_client::xenbus::driver::{Driver, StopHandle};
 
 /// How long anything may take before a test gives up.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The machine, blkback in its dom0, and a folder for images.
 pub struct Dom0 {

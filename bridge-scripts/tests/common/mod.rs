@@ -17,8 +17,7 @@ use tempfile::TempDir;
 
 pub(crate) mod settled;
 
-/// How long anything may take; nothing is said about it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) use settled::PATIENCE;
 
 pub(crate) struct World {
     pub(crate) run: TempDir,
@@ -366,7 +365,7 @@ pub(crate) struct Line(TcpStream);
 impl Line {
     pub(crate) fn open(to: SocketAddr) -> Self {
         let stream = TcpStream::connect(to).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self(stream)
     }
 
@@ -379,7 +378,7 @@ impl Line {
         bind(&socket, &from).unwrap();
         connect(&socket, &to).unwrap();
         let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self(stream)
     }
 

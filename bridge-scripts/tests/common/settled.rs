@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::{PATIENCE, json};
+/// How long anything may take; nothing is said about it.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits for namespaces, each given as what runs `ip` with some arguments in it.
 pub(crate) fn wait(namespaces: &[&dyn Fn(&str) -> String]) {
@@ -24,10 +25,8 @@ pub(crate) fn wait(namespaces: &[&dyn Fn(&str) -> String]) {
 
 /// What is still to come.
 fn unsettled(ip: &dyn Fn(&str) -> String) -> Option<String> {
-    let list = |words: &str| match json(&ip(words)) {
-        Value::Array(items) => items,
-        _ => Vec::new(),
-    };
+    // Nothing at all is printed where there is nothing.
+    let list = |words: &str| -> Vec<Value> { serde_json::from_str(&ip(words)).unwrap_or_default() };
     // Addresses before routes: one that is seen has its route, or gets it.
     let (links, addresses) = (list("-j -d link"), list("-j -6 addr"));
     let routes = list("-j -6 route show table local");

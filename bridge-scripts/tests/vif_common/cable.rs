@@ -41,7 +41,7 @@ impl Cable {
     /// Waits for such a frame.
     pub(crate) fn gets(&self, such: impl Fn(&[u8]) -> bool) -> bool {
         let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(5) {
+        while begin.elapsed() < super::PATIENCE {
             if self.received().iter().any(|frame| such(frame)) {
                 return true;
             }
@@ -101,14 +101,14 @@ impl Beside {
         sh(&format!("ip link add {near} type veth peer name {far}"));
         sh(&format!("ip link set {far} netns {}", self.path));
         self.orders.as_ref().unwrap().send(Order::Cable(far.to_owned())).unwrap();
-        self.cables.recv_timeout(Duration::from_secs(10)).unwrap()
+        self.cables.recv_timeout(super::PATIENCE).unwrap()
     }
 
     /// Runs a command line there.
     pub(crate) fn run(&self, line: &str) -> String {
         let (answer, answered) = channel();
         self.orders.as_ref().unwrap().send(Order::Run(line.to_owned(), answer)).unwrap();
-        answered.recv_timeout(Duration::from_secs(10)).unwrap()
+        answered.recv_timeout(super::PATIENCE).unwrap()
     }
 }
 

@@ -4,14 +4,19 @@
 
 pub(crate) mod cable;
 pub(crate) mod frames;
+#[path = "../common/settled.rs"]
+mod settled;
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use bridge_scripts::apply::Options;
 use bridge_scripts::vif::{self, Event};
 use hypervisor::emu::{Limits, Machine, Running};
 use xenstore_client::Store;
+
+pub(crate) use settled::PATIENCE;
 
 /// Runs `body` in a network namespace of its own, on a thread of its own. `name` is the test's, for a second start of
 /// this program in a user namespace where we are not root.
@@ -88,8 +93,20 @@ pub(crate) fn nft_reads(text: &str) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
-/// What `ip`, `bridge` and `nft` show that a program of ours may have changed, without what changes by itself.
+/// What `ip`, `bridge` and `nft` show that a program of ours may have changed, without what changes by itself; once the
+/// kernel has settled.
 pub(crate) fn shown() -> String {
+    settle();
+    now()
+}
+
+/// Waits until the kernel has settled.
+pub(crate) fn settle() {
+    settled::wait(&[&|words| sh(&format!("ip {words}"))]);
+}
+
+/// The same at this moment.
+pub(crate) fn now() -> String {
     // IPv6's own addresses and groups come and go with the link.
     let but = |text: String, own: &[&str]| {
         let lines = text.lines().filter(|line| !own.iter().any(|word| line.contains(word)));
@@ -131,6 +148,16 @@ fn tables(ruleset: &str) -> String {
     let mut tables: Vec<&str> = ruleset.split("\n}\n").collect();
     tables.sort_unstable();
     tables.join("\n}\n")
+}
+
+/// It becomes what was shown: the kernel finishes some things by a worker, a little later.
+#[track_caller]
+pub(crate) fn becomes(now: impl Fn() -> String, wanted: &str, when: &str) {
+    let begin = Instant::now();
+    while begin.elapsed() < PATIENCE && now() != wanted {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    same(&now(), wanted, when);
 }
 
 /// Compares two of them, and shows what differs.

@@ -27,7 +27,7 @@ use frames::{GUEST_MAC, plain};
 use taps::{End, PairTaps};
 
 /// How long anything may take before a test gives up.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Queues that are offered, on every machine the same.
 pub const QUEUES: u32 = 4;
 

@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use xenstore_client::{Client, Store};
 
 /// How long anything may take before a test gives up.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Whether this thread, and with it every process that it starts, has a network of its own now.
 pub fn namespace(what: &str) -> bool {

@@ -21,7 +21,7 @@ use xenstore_client::{Client, Store};
 use super::fuse::Mounted;
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn other(error: impl std::fmt::Display) -> io::Error {
     io::Error::other(error.to_string())
