@@ -221,6 +221,12 @@ impl Segment {
         Self { gref: GrantRef(u32::from_le_bytes([a, b, c, d])), first_sect, last_sect }
     }
 
+    /// Its grant, and the first byte and length within the page, of a segment whose sectors have been checked.
+    #[inline]
+    pub(crate) fn bytes(&self) -> (GrantRef, u16, u16) {
+        (self.gref, u16::from(self.first_sect) * 512, u16::from(self.last_sect - self.first_sect + 1) * 512)
+    }
+
     /// Writes a descriptor, its padding zero.
     #[inline]
     pub fn encode(self) -> [u8; SEGMENT_SIZE] {

@@ -5,6 +5,8 @@
 //! writes them back. Between its read and its write nothing else may be written there, by any queue of the disk, or it
 //! would be undone: so every write holds its units while it lasts.
 
+mod buffers;
+
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
@@ -15,6 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hypervisor::memory::{IoList, Mapping};
 
 use crate::storage::{Done, Storage};
+
+use buffers::Buffers;
 
 /// Which units of a disk are being written, shared by its queues.
 #[derive(Debug, Default)]
@@ -95,10 +99,10 @@ pub struct Bounced<S> {
     ops: Vec<Option<Op>>,
     /// Writes and discards that wait for their units, in the order they came.
     blocked: VecDeque<Op>,
+    /// Operations that wait for memory, in the order they came.
+    starved: VecDeque<Op>,
     ready: VecDeque<Done>,
-    buffers: Vec<Rc<Mapping>>,
-    /// Bytes of each buffer: the largest request, and a unit more at each end.
-    buffer_size: usize,
+    buffers: Buffers,
 }
 
 /// Tokens of ours count up from here; the queue's are smaller, and the inner storage's own are larger.
@@ -115,9 +119,10 @@ impl<S: Storage> Bounced<S> {
             wake,
             ops: Vec::new(),
             blocked: VecDeque::new(),
+            starved: VecDeque::new(),
             ready: VecDeque::new(),
-            buffers: Vec::new(),
-            buffer_size: largest + 2 * unit as usize,
+            // The largest request, and a unit more at each end.
+            buffers: Buffers::new(largest + 2 * unit as usize),
         }
     }
 
@@ -135,20 +140,39 @@ impl<S: Storage> Bounced<S> {
         offset / self.unit * self.unit..(offset + len).next_multiple_of(self.unit)
     }
 
-    fn buffer(&mut self) -> io::Result<Rc<Mapping>> {
-        match self.buffers.pop() {
-            Some(buffer) => Ok(buffer),
-            None => Mapping::anonymous(self.buffer_size).map(Rc::new),
+    /// Bytes of memory of ours that an operation goes through; none where the guest's pages can be used themselves.
+    fn detour(&self, op: &Op) -> Option<usize> {
+        let fits = op.units == (op.offset..op.offset + op.memory.len() as u64);
+        let direct =
+            matches!(op.stage, Stage::Discard | Stage::Erase) || fits && op.memory.is_multiple_of(self.unit as usize);
+        (!direct).then(|| (op.units.end - op.units.start) as usize)
+    }
+
+    /// Begins an operation, when there is memory for it.
+    fn begin(&mut self, op: Op) {
+        let waits = |len| !self.starved.is_empty() || !self.buffers.has_room(len);
+        if self.detour(&op).is_some_and(waits) {
+            self.starved.push_back(op);
+        } else {
+            self.begin_now(op);
+        }
+    }
+
+    /// Begins what waits for memory, as far as there is some.
+    fn feed(&mut self) {
+        while let Some(op) = self.starved.pop_front() {
+            if self.detour(&op).is_some_and(|len| !self.buffers.has_room(len)) {
+                return self.starved.push_front(op);
+            }
+            self.begin_now(op);
         }
     }
 
     /// Gives an operation a number, and passes what is to be done first to the storage.
-    fn begin(&mut self, mut op: Op) {
+    fn begin_now(&mut self, mut op: Op) {
         let fits = op.units == (op.offset..op.offset + op.memory.len() as u64);
-        let direct =
-            matches!(op.stage, Stage::Discard | Stage::Erase) || fits && op.memory.is_multiple_of(self.unit as usize);
-        if !direct {
-            match self.buffer() {
+        if let Some(len) = self.detour(&op) {
+            match self.buffers.take(len) {
                 Ok(buffer) => op.buffer = Some(buffer),
                 Err(error) => return self.end(op, Err(error)),
             }
@@ -201,7 +225,9 @@ impl<S: Storage> Bounced<S> {
         if op.stage != Stage::Read {
             self.units.give_back(&op.units);
         }
-        self.buffers.extend(op.buffer);
+        if let Some(buffer) = op.buffer {
+            self.buffers.give_back(buffer);
+        }
         self.ready.push_back(Done { token: op.token, memory: op.memory, result });
     }
 
@@ -311,6 +337,7 @@ impl<S: Storage> Storage for Bounced<S> {
             }
             let Some(op) = self.ops[(done.token - OURS) as usize].take() else { continue };
             self.advance(op, done.token, done.memory, done.result);
+            self.feed();
         }
     }
 
@@ -327,7 +354,7 @@ impl<S: Storage> Storage for Bounced<S> {
 impl<S> Drop for Bounced<S> {
     /// A queue that goes with writes in flight must not hold up the others for ever.
     fn drop(&mut self) {
-        for op in self.ops.drain(..).flatten().filter(|op| op.stage != Stage::Read) {
+        for op in self.ops.drain(..).flatten().chain(self.starved.drain(..)).filter(|op| op.stage != Stage::Read) {
             self.units.give_back(&op.units);
         }
     }
@@ -417,6 +444,34 @@ mod tests {
         }
     }
 
+    /// As many requests as a ring has, of the largest size: they take turns, and afterwards the memory is given back.
+    #[test]
+    fn a_ring_full_of_large_requests_takes_little_memory() {
+        let disk = Large::default();
+        disk.0.borrow_mut().bytes = vec![7; (1 << 20) + 8192];
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+        let mut queue = Bounced::new(disk.clone(), UNIT as u32, 1 << 20, Arc::default(), wake);
+        let memory = Rc::new(Mapping::anonymous(1 << 20).unwrap());
+        for token in 0..512 {
+            let mut list = IoList::default();
+            list.push(&memory, 0, 1 << 20);
+            queue.read(512, list, token);
+        }
+        let mut ended = std::collections::HashSet::new();
+        while ended.len() < 512 {
+            assert!((1..=8).contains(&disk.0.borrow().asked.len()) && queue.buffers.bytes() <= 8 << 20);
+            disk.complete(ended.len());
+            while let Some(done) = queue.next() {
+                done.result.unwrap();
+                assert!(ended.insert(done.token));
+            }
+        }
+        assert!(queue.buffers.bytes() <= 256 << 10, "{} bytes are kept", queue.buffers.bytes());
+        let mut byte = [0];
+        memory.copy_out((1 << 20) - 1, &mut byte);
+        assert_eq!(byte, [7]);
+    }
+
     /// What a guest does on one of two queues.
     #[derive(Debug, Clone)]
     enum Act {
@@ -457,6 +512,8 @@ mod tests {
                 Bounced::new(own, UNIT as u32, 20 * 512, Arc::clone(&units), wake)
             })
             .collect();
+        // One of them is always short of memory.
+        queues[1].buffers.most = 20 * 512 + 2 * UNIT as usize;
         let mut model = vec![0u8; (SECTORS * 512) as usize];
         let mut flights: Vec<Option<Flight>> = Vec::new();
         let mut stamp = 0u8;

@@ -133,6 +133,8 @@ pub struct Queue<S> {
     /// Writes that the storage had no room for, and whether they are to wait for it.
     held: Vec<u32>,
     holds: bool,
+    /// One of them was done.
+    room: bool,
     /// Segments of the request at hand.
     segments: Vec<Segment>,
     /// Lists to be used again.
@@ -168,6 +170,7 @@ impl<S: Storage> Queue<S> {
             barrier: None,
             held: Vec::new(),
             holds: true,
+            room: false,
             segments: Vec::with_capacity(most),
             lists: (0..entries).map(|_| IoList::with_capacity(DIRECT_SEGMENTS)).collect(),
             in_flight_log: log,
@@ -267,7 +270,13 @@ impl<S: Storage> Queue<S> {
         !self.seat.is_closed()
             && self.barrier.is_none()
             && !self.free.is_empty()
-            && self.grants.free_pages() > self.shape.indirect.max(DIRECT_SEGMENTS)
+            && self.grants.free_pages() > self.reserve()
+    }
+
+    /// Pages of ours that the largest request there can be may need.
+    #[inline]
+    fn reserve(&self) -> usize {
+        self.shape.indirect.max(DIRECT_SEGMENTS)
     }
 
     /// Takes requests and starts them.
@@ -363,9 +372,10 @@ impl<S: Storage> Queue<S> {
         let flight = &mut self.flights[token as usize];
         for segment in &self.segments {
             // Checked by check_segments, from the same private copy.
-            let (at, len) =
-                (u16::from(segment.first_sect) * 512, u16::from(segment.last_sect - segment.first_sect + 1) * 512);
-            self.grants.add((segment.gref, at, len), direction, &mut memory, &mut flight.pages, &mut flight.copies);
+            self.grants.add(segment.bytes(), direction, &mut memory, &mut flight.pages, &mut flight.copies);
+        }
+        if matches!(doing, Doing::Write | Doing::FlushThenWrite) && !flight.copies.is_empty() && self.holds {
+            flight.segments.extend_from_slice(&self.segments);
         }
         match doing {
             Doing::Read => self.storage.read(offset, memory, token),
@@ -467,7 +477,7 @@ impl<S: Storage> Queue<S> {
     fn finish_one(&mut self, done: Done, progress: &mut Progress) -> Result<(), Broken> {
         let Done { token, memory, result } = done;
         let flight = &mut self.flights[token as usize];
-        let (doing, offset, len) = (flight.doing, flight.offset, flight.len);
+        let (doing, offset, len, waited) = (flight.doing, flight.offset, flight.len, flight.waited);
         match (doing, result) {
             (Some(Doing::Read), Ok(())) if !flight.copies.is_empty() => {
                 self.keep_list(memory);
@@ -481,6 +491,7 @@ impl<S: Storage> Queue<S> {
                 return self.finish_flush(result, progress);
             }
             (Some(Doing::BarrierWrite), Ok(())) => {
+                self.room |= waited;
                 self.keep_list(memory);
                 self.end_barrier_write(token);
             }
@@ -496,6 +507,7 @@ impl<S: Storage> Queue<S> {
                 self.hold(token, memory);
             }
             (doing, result) => {
+                self.room |= waited && result.is_ok();
                 let Some(due) = self.land(token, memory) else { return Ok(()) };
                 match result {
                     Ok(()) => self.succeed(doing, len, due, progress),
@@ -556,6 +568,8 @@ impl<S: Storage> Queue<S> {
         self.keep_list(memory);
         let flight = &mut self.flights[token as usize];
         flight.copies.clear();
+        flight.segments.clear();
+        (flight.written, flight.waited) = (0, false);
         flight.doing = None;
         self.grants.give_back(&mut flight.pages);
         let due = flight.due.take();

@@ -402,7 +402,7 @@ impl<R: Fn(Report)> Drive<'_, R> {
     }
 
     fn retry_held(&mut self) {
-        if self.retried.elapsed() >= RETRY {
+        if self.queue.take_room() || self.retried.elapsed() >= RETRY {
             self.queue.retry_held();
             self.retried = Instant::now();
         }
@@ -535,6 +535,8 @@ impl<R: Fn(Report)> Drive<'_, R> {
         self.queue.storage().inner().ignore(EVENT);
         self.queue.hold_when_full(false);
         self.queue.give_up_held();
+        // Nothing waits any more: whoever looks at the disk is not to be told so.
+        self.say_if_full();
         while self.queue.in_flight() > 0 || !self.stopped() {
             match self.queue.drain() {
                 Ok(_) => {}

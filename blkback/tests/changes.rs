@@ -261,6 +261,8 @@ fn full_storage_holds_up_no_detach() {
     let mut disk = dom0.connected(&image, "w", &options);
     fill(disk.queue());
     until("the disk says that it waits", || key(&dom0, &disk, ON_HOLD).is_some());
+    let on_hold = format!("{}/{ON_HOLD}", disk.front.backend_path());
     disk.close();
+    assert_eq!(dom0.store.read_opt(&on_hold).unwrap(), None, "nothing waits any more");
     drop(dom0);
 }

@@ -43,6 +43,17 @@ impl Disk {
         self.0.borrow().asked.iter().map(|(what, ..)| *what).collect()
     }
 
+    /// Ends the oldest write with no room for more than so many of its bytes. Returns all of them.
+    fn end_write_after(&self, done: usize) -> Vec<u8> {
+        let mut held = self.0.borrow_mut();
+        let (what, token, mut memory) = held.asked.pop_front().unwrap();
+        assert_eq!(what, "write");
+        let bytes = memory.to_vec();
+        memory.advance(done);
+        held.ended.push_back(Done { token, memory, result: Err(io::Error::from_raw_os_error(libc::ENOSPC)) });
+        bytes
+    }
+
     /// Ends the oldest operation of this kind.
     fn end(&self, what: &str, result: io::Result<()>) {
         let mut held = self.0.borrow_mut();
@@ -133,6 +144,14 @@ impl Lane {
     fn ask(&mut self, operation: u8, id: u64, data: bool) {
         let segment = [Segment { gref: self.data.refs[0], first_sect: 0, last_sect: 7 }];
         let slot = Slot::direct(PROTOCOL, operation, id, 8, if data { &segment } else { &[] });
+        self.front.request(&slot.bytes);
+        let _ = self.front.publish();
+    }
+
+    /// A request of as many pages as a slot has.
+    fn ask_wide(&mut self, operation: u8, id: u64) {
+        let segment = Segment { gref: self.data.refs[0], first_sect: 0, last_sect: 7 };
+        let slot = Slot::direct(PROTOCOL, operation, id, 8, &[segment; 11]);
         self.front.request(&slot.bytes);
         let _ = self.front.publish();
     }
@@ -358,6 +377,55 @@ fn a_full_disk_holds_writes_or_reports_them() {
     one.disk.end("write", full());
     one.turn();
     assert_eq!((one.answers(), one.back.held()), (vec![(3, -1)], 0));
+}
+
+/// Without persistent grants data are copied to pages of ours, of which there are few. Writes that wait for room keep none
+/// of them, and have their data copied once more when they are tried again, from where they had got to.
+#[test]
+fn reads_go_on_while_many_copied_writes_wait_for_room() {
+    let (mut one, _two, _guest) = two_queues();
+    one.data.memory.copy_in(0, &[7; 4096]);
+    // 64 pages of ours; a request is taken only when the largest one, of 11, has some.
+    for id in 0..12 {
+        one.ask_wide(op::WRITE, id);
+        one.turn();
+        assert_eq!(one.disk.end_write_after(if id == 0 { 5000 } else { 0 }), [7; 11 * 4096]);
+        one.turn();
+    }
+    assert_eq!((one.back.held(), one.answers()), (12, vec![]));
+    one.ask(op::READ, 99, true);
+    one.turn();
+    assert_eq!(one.disk.asked(), ["read"], "the read passes them");
+    one.disk.end("read", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(99, 0)]);
+    one.data.memory.copy_in(0, &[7; 4096]);
+    // As many as there are pages for; a read still has some.
+    one.back.retry_held();
+    let tried = one.disk.asked().len();
+    assert!((1..12).contains(&tried) && one.back.held() == 12 - tried, "{tried} of 12");
+    assert!(!one.back.take_room());
+    one.ask(op::READ, 100, true);
+    one.turn();
+    assert_eq!(one.disk.asked().pop(), Some("read"));
+    one.disk.end("read", Ok(()));
+    one.turn();
+    assert_eq!(one.answers(), [(100, 0)]);
+    one.data.memory.copy_in(0, &[7; 4096]);
+    // The first goes on where it was, and says that there is room.
+    assert_eq!(one.disk.end_write_after(1096), vec![7; 11 * 4096 - 5000]);
+    let mut answers = Vec::new();
+    while answers.len() < 12 {
+        while one.disk.asked().contains(&"write") {
+            one.disk.end("write", Ok(()));
+        }
+        one.turn();
+        answers.extend(one.answers());
+        assert!(one.back.take_room() || answers.len() == 12);
+        one.back.retry_held();
+    }
+    assert!(answers.iter().all(|&(_, status)| status == 0), "{answers:?}");
+    assert_eq!(one.back.held(), 0);
 }
 
 /// Everything before it on either queue, its flush, its write, its flush; and only then anything after it.

@@ -3,7 +3,7 @@
 use hypervisor::CopyOp;
 use hypervisor::memory::IoList;
 
-use crate::abi::Slot;
+use crate::abi::{Segment, Slot};
 use crate::request;
 
 /// The duty to answer one request. Spent by [`Queue::answer`](super::Queue), or knowingly by [`withhold`](Self::withhold).
@@ -80,4 +80,10 @@ pub(super) struct Flight {
     pub(super) copies: Vec<CopyOp>,
     /// Pages of ours that the data go through.
     pub(super) pages: Vec<u32>,
+    /// Of a write whose data are copied: where they come from, to copy them once more if it has to wait.
+    pub(super) segments: Vec<Segment>,
+    /// Bytes of a write that waits which are written already.
+    pub(super) written: u64,
+    /// It has waited for room.
+    pub(super) waited: bool,
 }
