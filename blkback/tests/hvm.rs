@@ -227,12 +227,18 @@ fn a_driver_that_comes_while_the_emulated_disk_is_live_waits() {
     let mut model = DeviceModel::start(&dom0, &guest);
     attach(&dom0, &guest, &image, "w").unwrap();
     model.plug(&image).unwrap();
-    let driver = connecting(&guest);
+    let state = format!("{}/device/vbd/{XVDA}/state", home(&guest));
+    dom0.store.write(&state, "3").unwrap();
     until("it says why it waits", || key(&dom0, &guest, ON_HOLD).is_some_and(|said| said.contains("device model")));
     assert_eq!(key(&dom0, &guest, "state").as_deref(), Some("2"));
     let listed = blkback::toolstack::list(&dom0.store, Guest::domid(&*guest), None).unwrap();
     assert!(listed.contains("emulated disk is in use"), "{listed}");
     nobody_else_gets(&dom0, &image, "while both wait");
+    // It starts over, waits again, and is served in the end.
+    dom0.store.write(&state, "1").unwrap();
+    let driver = connecting(&guest);
+    until("the driver is there", || dom0.store.read_opt(&state).unwrap().as_deref() == Some("3"));
+    assert_eq!(key(&dom0, &guest, "state").as_deref(), Some("2"));
     model.unplug();
     let mut disk = driver.join().unwrap().unwrap();
     until("all is well", || key(&dom0, &guest, ON_HOLD).is_none());
