@@ -294,6 +294,30 @@ fn an_emulated_disk_may_stay_for_ever() {
     until("the image is free", || writes(&image));
 }
 
+/// The backend is restarted while the device model has the image.
+#[test]
+fn a_new_backend_finds_the_device_model() {
+    if !have_qemu("a backend that is restarted beside a device model") {
+        return;
+    }
+    let mut dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 1 << 20);
+    let guest = hvm(&dom0, "guest");
+    let mut model = DeviceModel::start(&dom0, &guest);
+    attach(&dom0, &guest, &image, "w").unwrap();
+    model.plug(&image).unwrap();
+    // Written anew by whoever opens the image.
+    dom0.store.rm_if_exists(&format!("{}/sectors", backend(&guest))).unwrap();
+    dom0.restart();
+    until("it is open again", || key(&dom0, &guest, "sectors").is_some());
+    nobody_else_gets(&dom0, &image, "after the restart");
+    model.unplug();
+    until("the disk is kept from other programs", || !writes(&image));
+    let mut disk = connect(&guest).unwrap();
+    assert_eq!((write(&mut disk, 5), read(&mut disk)), (0, 5));
+    leave(&dom0, disk);
+}
+
 /// Somebody comes in where nobody can keep him out: then the guest's driver is refused, and told who.
 #[test]
 fn who_comes_before_the_device_model_is_named() {

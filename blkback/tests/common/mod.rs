@@ -32,6 +32,16 @@ pub struct Dom0 {
     server: Option<JoinHandle<()>>,
 }
 
+fn serve(xen: Arc<dyn Backend>, config: Config) -> (StopHandle, JoinHandle<()>) {
+    let stop = StopHandle::new().unwrap();
+    let (stopped, store) = (stop.clone(), xen.store().unwrap());
+    let server = std::thread::spawn(move || {
+        let mut driver = Driver::new(store, DomId(0), VbdKind::new("vbd", xen, config)).unwrap();
+        driver.run(&stopped).unwrap();
+    });
+    (stop, server)
+}
+
 impl Dom0 {
     pub fn start() -> Self {
         Self::with(Config::default())
@@ -41,15 +51,17 @@ impl Dom0 {
         let machine = Machine::new(Limits::default()).unwrap();
         let xen: Arc<dyn Backend> = Arc::new(Member::local(&machine, DomId(0)).unwrap());
         let store = xen.store().unwrap();
-        let stop = StopHandle::new().unwrap();
-        let server = {
-            let (stop, driver_store) = (stop.clone(), xen.store().unwrap());
-            std::thread::spawn(move || {
-                let mut driver = Driver::new(driver_store, DomId(0), VbdKind::new("vbd", xen, config)).unwrap();
-                driver.run(&stop).unwrap();
-            })
-        };
+        let (stop, server) = serve(xen, config);
         Self { machine, store, folder: tempfile::tempdir().unwrap(), stop, server: Some(server) }
+    }
+
+    /// Ends the backend as SIGTERM does, and starts another.
+    pub fn restart(&mut self) {
+        self.stop.stop();
+        self.server.take().unwrap().join().unwrap();
+        let xen = Arc::new(Member::local(&self.machine, DomId(0)).unwrap());
+        let (stop, server) = serve(xen, Config::default());
+        (self.stop, self.server) = (stop, Some(server));
     }
 
     /// A new image of `bytes` bytes, all holes.
