@@ -11,6 +11,7 @@ use crate::doubt;
 use crate::hotplug;
 use crate::image::Image;
 use crate::nbd::Export;
+use crate::spec::written_here;
 use crate::toolstack::Error;
 use crate::vdev::Vdev;
 
@@ -85,6 +86,12 @@ pub fn change(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, targe
     let key = |name: &str| store.read_opt(&format!("{path}/{name}"));
     if key("device-type")?.as_deref() != Some("cdrom") && key("removable")?.as_deref() != Some("1") {
         return refused(format!("{} is a fixed disk, not a drive; attach a drive with …,xvdd:cdrom,r", vdev.name()));
+    }
+    if let Some(help) = target.filter(|target| !Export::is_one(target)).and_then(written_here) {
+        return refused(format!(
+            "{}: this is another program's spelling, and no file or device here; {help}",
+            target.unwrap_or_default()
+        ));
     }
     let absolute = match target {
         None => String::new(),

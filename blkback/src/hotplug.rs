@@ -13,7 +13,7 @@ use crate::device_model::DeviceModel;
 use crate::doubt;
 use crate::image::{Image, Problem};
 use crate::nbd::Export;
-use crate::spec::Access;
+use crate::spec::{Access, written_here};
 use crate::takeover;
 
 /// What libxl wants.
@@ -80,6 +80,14 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
     let mode = store.read_str(&format!("{xenbus_path}/mode"))?;
     let device_type = store.read_opt(&format!("{xenbus_path}/device-type"))?;
     let access = access(&mode, device_type.as_deref());
+    if !params.starts_with('/')
+        && !Export::is_one(&params)
+        && !path(&params).exists()
+        && let Some(help) = written_here(&params)
+    {
+        let text = format!("{params}: this is another program's spelling, and no file or device here; {help}");
+        return Err(Failure { text, status: "error" });
+    }
     let path = match path(&params) {
         export if Export::is_one(&params) => export,
         path => std::path::absolute(path)
@@ -180,6 +188,12 @@ mod tests {
             assert!(run(&store, form, Event::Add).unwrap_err().contains("no such file"));
             assert_eq!(key("hotplug-status").as_deref(), Some("error"));
             assert!(key("hotplug-error").unwrap().contains("no such file"));
+
+            store.write(&format!("{back}/params"), "rbd:pool/img").unwrap();
+            assert!(run(&store, form, Event::Add).unwrap_err().contains("rbd map"));
+            store.write(&format!("{back}/params"), "vg/no-such-volume").unwrap();
+            let error = run(&store, form, Event::Add).unwrap_err();
+            assert!(error.contains("no such device") && !error.contains("truncate"), "{error}");
 
             store.write(&format!("{back}/params"), image.to_str().unwrap()).unwrap();
             let held = Image::open(&image, Access::Write).unwrap();

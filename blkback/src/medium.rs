@@ -26,6 +26,9 @@ pub struct Medium {
     pub hold_when_full: bool,
 }
 
+/// The toolstack's key for the bytes of the disk's sectors; `sector-size` is what the guest is told of them.
+pub const SECTOR_SIZE: &str = "logical-block-size";
+
 impl Medium {
     /// Opens what `backend`, our directory's keys, name.
     ///
@@ -55,12 +58,20 @@ impl Medium {
         let flag = |key| backend.get(key) == Some("1");
         let cdrom = backend.get("device-type") == Some("cdrom");
         let access = access(backend)?;
-        let image = match target(backend) {
+        let mut image = match target(backend) {
             Some(path) => open(&path, access).map_err(|error| image_fault(&error))?,
             None if cdrom => Image::none()
                 .map_err(|error| Fault::host(libc::EMFILE, format!("an empty drive cannot be made: {error}")))?,
             None => return Err(backend.fault(libc::ENOENT, "neither physical-device-path nor params name a disk")),
         };
+        match backend.get(SECTOR_SIZE) {
+            None => {}
+            Some("512") => image.have_small_sectors(access).map_err(|error| image_fault(&error))?,
+            Some(other) => {
+                let text = format!("{SECTOR_SIZE} is {other:?}: write 512, or nothing for the storage's own sectors");
+                return Err(backend.fault(libc::EINVAL, &text));
+            }
+        }
         let hold_when_full = match backend.get("on-enospc") {
             None | Some("hold") => true,
             Some("report") => false,
@@ -127,10 +138,10 @@ pub fn target(backend: &Keys) -> Option<PathBuf> {
 /// A fault of the device's, for an image that cannot be had.
 pub fn image_fault(error: &ImageError) -> Fault {
     let errno = match &error.problem {
-        Problem::Missing => libc::ENOENT,
+        Problem::Missing | Problem::NoDevice => libc::ENOENT,
         Problem::Permission(_) => libc::EACCES,
         Problem::Directory => libc::EISDIR,
-        Problem::NotADisk | Problem::Empty(_) => libc::EINVAL,
+        Problem::NotADisk | Problem::Empty(_) | Problem::NothingBehind(_) => libc::EINVAL,
         Problem::ReadOnlyStorage => libc::EROFS,
         Problem::InUse(_) | Problem::Locked(_) => libc::EBUSY,
         Problem::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),

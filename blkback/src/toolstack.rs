@@ -10,7 +10,8 @@ use xenstore_client::{Client, DomId, Store};
 use crate::device::{KINDS, ON_HOLD, RESIZE_STATUS};
 use crate::doubt;
 use crate::hotplug;
-use crate::spec::{Access, DiskSpec, Format, TargetKind};
+use crate::medium::SECTOR_SIZE;
+use crate::spec::{Access, DiskSpec, Format, TargetKind, written_here};
 use crate::takeover;
 use crate::vdev::Vdev;
 
@@ -82,6 +83,10 @@ pub fn attach(
     if spec.direct_io_safe {
         backend_keys.push(("direct-io-safe", "1"));
     }
+    let sector_size = spec.sector_size.map(|bytes| bytes.to_string());
+    if let Some(bytes) = &sector_size {
+        backend_keys.push((SECTOR_SIZE, bytes));
+    }
     let trusted = flag(spec.trusted.unwrap_or(true));
     let frontend_keys = [("virtual-device", number.as_str()), ("device-type", device_type), ("trusted", trusted)];
     toolstack::add_device(store, &device, &backend_keys, &frontend_keys)?;
@@ -149,9 +154,9 @@ fn target(spec: &DiskSpec, backend: DomId) -> Result<String, Error> {
         return refused(reason);
     }
     if let Some(script) = &spec.script {
-        return refused(format!(
-            "script={script} is not run by this command: set the device up first and attach it as phy:/dev/…"
-        ));
+        let help = script.strip_prefix("block-").and_then(|name| written_here(&format!("{name}:")));
+        let help = help.unwrap_or("set the device up first and attach it as phy:/dev/…");
+        return refused(format!("script={script} is not run by this command: {help}"));
     }
     if let Some(other) = spec.backend.as_ref().filter(|other| **other != backend.to_string()) {
         return refused(format!(

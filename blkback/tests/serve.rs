@@ -320,6 +320,54 @@ fn a_block_device() {
     }
 }
 
+/// A block device with sectors of 4096 bytes has sectors of 512 for a guest that needs them.
+#[test]
+fn small_sectors_on_a_block_device_with_large_ones() {
+    let dom0 = Dom0::start();
+    let image = dom0.image("disk.img", 4 << 20);
+    std::fs::write(&image, vec![0x11; 4 << 20]).unwrap();
+    let Some(device) = LoopDevice::on(&image, 4096) else {
+        println!("NOT TESTED: block devices: needs losetup, a free loop device, and root");
+        return;
+    };
+    let guest = dom0.guest("guest");
+    dom0.attach(&guest, &format!("{},,xvda,w,sector-size=512", device.path())).unwrap();
+    let mut front = blkback::front::Frontend::connect(guest.clone(), common::XVDA, &Options::default()).unwrap();
+    let physical = format!("{}/physical-sector-size", front.backend_path());
+    assert_eq!((front.disk().sectors, front.disk().sector_size), (8192, 512));
+    assert_eq!(xenstore_client::Store::read_str(&dom0.store, &physical).unwrap(), "4096");
+    let mut queues = front.take_queues();
+    let queue = &mut queues[0];
+    queue.data().copy_in(0, &[0x22; 4096]);
+    for sector in [0, 9, 8191] {
+        queue.submit(op::WRITE, sector, &[Piece { page: 0, first: 2, last: 2 }], sector);
+        assert_eq!(status(queue), 0);
+    }
+    queue.submit(op::READ, 8, &[Piece { page: 1, first: 0, last: 2 }], 1);
+    assert_eq!(status(queue), 0);
+    let mut seen = [0; 3 * 512];
+    queue.data().copy_out(4096, &mut seen);
+    assert!(seen[..512] == [0x11; 512] && seen[512..1024] == [0x22; 512] && seen[1024..] == [0x11; 512]);
+    // A discard gives up the whole units inside of it, and nothing else.
+    queue.submit_discard(15, 18, 2);
+    assert_eq!(status(queue), 0);
+    queue.submit(op::FLUSH_DISKCACHE, 0, &[], 3);
+    assert_eq!(status(queue), 0);
+    let file = std::fs::read(&image).unwrap();
+    for (sector, expected) in
+        [(0, 0x22), (1, 0x11), (8, 0x11), (9, 0x22), (10, 0x11), (15, 0x11), (16, 0), (31, 0), (32, 0x11), (8191, 0x22)]
+    {
+        let bytes = &file[sector * 512..(sector + 1) * 512];
+        assert!(bytes.iter().all(|&byte| byte == expected), "sector {sector}: {:#x}", bytes[0]);
+    }
+    front.close(queues).unwrap();
+    dom0.detach(&guest, "xvda");
+    // Two backends would undo each other's writes.
+    let image = blkback::image::Image::open(std::path::Path::new(device.path()), blkback::spec::Access::SharedWrite);
+    let error = image.unwrap().have_small_sectors(blkback::spec::Access::SharedWrite).unwrap_err();
+    assert!(error.to_string().contains("w!"), "{error}");
+}
+
 /// A device that promises no zeros is not told to make holes, but to discard: by a call of the kernel's, off the queue's
 /// thread.
 #[test]

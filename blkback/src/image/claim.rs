@@ -15,7 +15,7 @@ use crate::spec::Access;
 /// Opens what can be a disk, and nothing else; `alone` claims a block device.
 pub(super) fn open_file(path: &Path, access: Access, alone: bool) -> Result<(File, Metadata), Problem> {
     // Looked at before it is opened: opening a pipe or a device can have effects.
-    let kind = std::fs::metadata(path).map_err(|error| open_problem(error, access))?.file_type();
+    let kind = std::fs::metadata(path).map_err(|error| open_problem(error, path, access))?.file_type();
     if kind.is_dir() {
         return Err(Problem::Directory);
     }
@@ -31,7 +31,7 @@ pub(super) fn open_file(path: &Path, access: Access, alone: bool) -> Result<(Fil
         .write(access != Access::ReadOnly)
         .custom_flags(flags.bits().cast_signed())
         .open(path)
-        .map_err(|error| busy_or(path, access, open_problem(error, access)))?;
+        .map_err(|error| busy_or(path, access, open_problem(error, path, access)))?;
     let metadata = file.metadata().map_err(io_problem("fstat"))?;
     rustix::fs::fcntl_setfl(&file, status_flags(&file)).map_err(io_problem("switching O_NONBLOCK off"))?;
     Ok((file, metadata))

@@ -4,7 +4,7 @@ use rustix::fs::{OFlags, StatxFlags};
 
 use super::Image;
 use super::claim::status_flags;
-use super::problem::Problem;
+use super::problem::{ImageError, Problem};
 use crate::abi::SECTOR;
 use crate::spec::Access;
 
@@ -40,6 +40,28 @@ impl Image {
             ));
         }
         self.notes.push("its storage cannot do direct I/O: served through the page cache".to_owned());
+        Ok(())
+    }
+
+    /// Has sectors of 512 bytes, whatever the storage's are: what is smaller than those goes through memory of ours.
+    ///
+    /// # Errors
+    /// When others write to the disk too: backends cannot keep out of each other's sectors.
+    pub fn have_small_sectors(&mut self, access: Access) -> Result<(), ImageError> {
+        if self.sector_size == SECTOR as u32 {
+            return Ok(());
+        }
+        if access == Access::SharedWrite {
+            let text = format!(
+                "cannot be shared (w!) with sectors of 512 bytes: its storage has sectors of {} bytes; leave sector-size out",
+                self.sector_size
+            );
+            return Err(ImageError { path: self.path.clone(), problem: Problem::InUse(text) });
+        }
+        self.physical_sector_size = self.physical_sector_size.max(self.sector_size);
+        // The page cache takes any bytes.
+        self.unit = if self.direct { self.sector_size } else { SECTOR as u32 };
+        self.sector_size = SECTOR as u32;
         Ok(())
     }
 

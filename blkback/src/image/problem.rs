@@ -1,7 +1,7 @@
 //! Why a file or device cannot be a disk, in words for whoever named it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::spec::Access;
 
@@ -22,6 +22,9 @@ pub enum Problem {
     /// Not there.
     #[error("no such file or device; create an image with: truncate -s 10G FILE")]
     Missing,
+    /// Not there, where devices are.
+    #[error("no such device; activate its volume (lvchange -ay, rbd map, …), load its module, or correct the path")]
+    NoDevice,
     /// Not readable, or not writable.
     #[error("permission denied to open it for {0}; check the owner and mode of the file and of the folders above it")]
     Permission(&'static str),
@@ -34,6 +37,9 @@ pub enum Problem {
     /// No sectors.
     #[error("holds {0} bytes, less than one sector of 512; grow it with: truncate -s 10G FILE")]
     Empty(u64),
+    /// A block device without sectors.
+    #[error("is a device of {0} bytes; put a disk into the drive, or set the device up first")]
+    NothingBehind(u64),
     /// A writable disk on storage that cannot be written.
     #[error("is on storage that is read-only; attach it with access r")]
     ReadOnlyStorage,
@@ -55,8 +61,10 @@ pub enum Problem {
 }
 
 /// What it means that open(2) failed.
-pub(super) fn open_problem(error: io::Error, access: Access) -> Problem {
+pub(super) fn open_problem(error: io::Error, path: &Path, access: Access) -> Problem {
     match (error.kind(), error.raw_os_error()) {
+        // A file made there would be gone at the next start, and a guest's data in memory with it.
+        (io::ErrorKind::NotFound, _) if path.starts_with("/dev") => Problem::NoDevice,
         (io::ErrorKind::NotFound, _) => Problem::Missing,
         (io::ErrorKind::PermissionDenied, _) => {
             Problem::Permission(if access == Access::ReadOnly { "reading" } else { "writing" })

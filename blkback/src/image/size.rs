@@ -3,6 +3,7 @@
 use std::cmp::Ordering::{Equal, Greater, Less};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
@@ -83,5 +84,10 @@ pub(super) fn physical_sectors((major, minor): (u32, u32)) -> u32 {
 /// Bytes of a file or device that holds a sector at least.
 pub(super) fn size(file: &mut File) -> Result<u64, Problem> {
     let bytes = file.seek(SeekFrom::End(0)).map_err(io_problem("finding its size"))?;
-    if bytes < SECTOR { Err(Problem::Empty(bytes)) } else { Ok(bytes) }
+    let device = file.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device());
+    match bytes {
+        _ if bytes >= SECTOR => Ok(bytes),
+        _ if device => Err(Problem::NothingBehind(bytes)),
+        _ => Err(Problem::Empty(bytes)),
+    }
 }

@@ -12,8 +12,18 @@ use xenstore_client::spec::{BLANK, Fault, Param, Slot, Word, nearest};
 type Result<T> = std::result::Result<T, Fault>;
 
 /// Keys and flags this parser does something with, for "did you mean".
-const KEYS: [&str; 9] =
-    ["format", "vdev", "access", "target", "devtype", "backend", "backendtype", "script", "specification"];
+const KEYS: [&str; 10] = [
+    "format",
+    "vdev",
+    "access",
+    "target",
+    "devtype",
+    "backend",
+    "backendtype",
+    "script",
+    "specification",
+    "sector-size",
+];
 const FLAGS: [&str; 6] = ["cdrom", "direct-io-safe", "discard", "no-discard", "trusted", "untrusted"];
 
 const ACCESSES: &str = "write r, w or, for a disk that several guests share knowingly, w!";
@@ -32,6 +42,7 @@ pub(super) struct Draft {
     backend_type: Slot<BackendType>,
     script: Slot<String>,
     specification: Slot<()>,
+    sector_size: Slot<u32>,
     direct_io_safe: Slot<()>,
     discard: Slot<bool>,
     trusted: Slot<bool>,
@@ -146,6 +157,13 @@ impl Draft {
                 self.backend_type.fill("the backend type", Some(known), value.span())
             }
             "script" => self.script.fill("the script", value.given(), value.span()),
+            "sector-size" => match value.text {
+                "512" => self.sector_size.fill("the sector size", Some(512), value.span()),
+                other => Err(value.fault(
+                    format!("sectors of `{other}` bytes cannot be asked for"),
+                    "write sector-size=512 for a guest that needs such sectors, or leave it out for the storage's own",
+                )),
+            },
             "specification" => match value.text {
                 "xen" => self.specification.fill("the specification", Some(()), value.span()),
                 "virtio" => Err(value.fault(
@@ -218,9 +236,9 @@ impl Draft {
         if !legacy::is_nbd(param.text)
             && let Some(prefix) = legacy::unknown_prefix(param.text)
         {
-            let help = match prefix {
-                "nbds:" => NBD_SPELLINGS.to_owned(),
-                _ => format!("if {prefix} is a part of the name, write the target last, as target={}", param.text),
+            let help = match super::written_here(param.text) {
+                Some(help) => help.to_owned(),
+                None => format!("if {prefix} is a part of the name, write the target last, as target={}", param.text),
             };
             return Err(param.part(0..prefix.len()).fault(format!("unknown prefix `{prefix}`"), help));
         }
@@ -331,14 +349,22 @@ impl Draft {
             None if cdrom => Access::ReadOnly,
             access => access.unwrap_or(Access::Write),
         };
+        if access == Access::SharedWrite && self.sector_size.value.is_some() {
+            let help = "leave sector-size out: backends that share a disk cannot keep out of each other's sectors";
+            return Err(Fault::new(self.sector_size.span, "a disk that is shared has the storage's own sectors", help));
+        }
         let mut target = self.target.value;
         let mut kind = self.kind.value.unwrap_or_default();
         // A script's target is a matter between it and the administrator.
         if let (Some(name), None) = (&mut target, &self.script.value) {
             if kind == TargetKind::Unspecified && legacy::is_nbd(name) {
                 kind = TargetKind::Nbd;
-            } else if kind == TargetKind::Unspecified && (name.starts_with("nbd+") || name.starts_with("nbds:")) {
-                return Err(Fault::new(self.target.span, "this spelling of an NBD export is not known", NBD_SPELLINGS));
+            } else if let Some(help) = super::written_here(name)
+                // Those are noted instead: there may be a file of such a name.
+                && legacy::prefix_of(name).is_none_or(|prefix| matches!(prefix.meaning, Meaning::Script(_)))
+            {
+                let message = "this is another program's spelling, and no file or device here";
+                return Err(Fault::new(self.target.span, message, help));
             } else if kind == TargetKind::Phy && !name.starts_with('/') {
                 notes.push(format!("`{name}` is no full path: /dev/{name} is meant."));
                 name.insert_str(0, "/dev/");
@@ -359,14 +385,13 @@ impl Draft {
             direct_io_safe: self.direct_io_safe.value.is_some(),
             discard: self.discard.value.unwrap_or(true),
             trusted: self.trusted.value,
+            sector_size: self.sector_size.value,
             kind,
             notes,
         };
         Ok((spec, self.vdev.span))
     }
 }
-
-const NBD_SPELLINGS: &str = "write nbd:unix:PATH[:EXPORT] or nbd://HOST[:PORT]/EXPORT";
 
 fn cdrom_of(devtype: Param<'_>) -> Result<bool> {
     match devtype.text {

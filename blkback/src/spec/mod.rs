@@ -3,9 +3,10 @@
 //!
 //! The grammar is that of xl-disk-configuration(5), which see; where the manual and `libxlu_disk_l.l` differ, the
 //! scanner was followed. Beyond both, this accepts `w!` (several guests share the disk knowingly; `xl` refuses the
-//! spelling), xend's `/dev/xvda` and its fourth field, and NBD exports as targets. It is stricter in this: nothing is
+//! spelling), `sector-size=512`, xend's `/dev/xvda` and its fourth field, and NBD exports as targets. It is stricter in this: nothing is
 //! given twice, and nothing that this backend does not do is passed over in silence.
 
+mod elsewhere;
 mod grammar;
 mod legacy;
 mod list;
@@ -14,6 +15,7 @@ mod list;
 mod tests;
 
 use crate::vdev::Vdev;
+pub use elsewhere::written_here;
 use grammar::Draft;
 use std::fmt;
 use std::str::FromStr;
@@ -74,7 +76,7 @@ pub enum TargetKind {
 /// One disk of a guest, as written in its configuration.
 ///
 /// Two specifications are equal if they mean the same disk: [`notes`](Self::notes) are about the spelling and do not
-/// count. `Display` writes the canonical form, which `xl` reads too unless it says `w!`, and which parses back to an
+/// count. `Display` writes the canonical form, which `xl` reads too unless it says `w!` or `sector-size`, and which parses back to an
 /// equal value.
 #[derive(Debug, Clone)]
 pub struct DiskSpec {
@@ -101,6 +103,8 @@ pub struct DiskSpec {
     pub discard: bool,
     /// `trusted`, `untrusted`; `None` where nothing was said.
     pub trusted: Option<bool>,
+    /// `sector-size=512`: bytes of the disk's sectors, whatever the storage's are; `None` for the storage's own.
+    pub sector_size: Option<u32>,
     /// How to open the target.
     pub kind: TargetKind,
     /// Sentences for the log: which old spellings were accepted, and what they mean now.
@@ -151,6 +155,7 @@ impl PartialEq for DiskSpec {
             direct_io_safe,
             discard,
             trusted,
+            sector_size,
             kind,
             notes: _,
         } = self;
@@ -165,6 +170,7 @@ impl PartialEq for DiskSpec {
             && *direct_io_safe == other.direct_io_safe
             && *discard == other.discard
             && *trusted == other.trusted
+            && *sector_size == other.sector_size
             && *kind == other.kind
     }
 }
@@ -234,6 +240,9 @@ impl fmt::Display for DiskSpec {
             Some(true) => f.write_str(",trusted")?,
             Some(false) => f.write_str(",untrusted")?,
             None => {}
+        }
+        if let Some(bytes) = self.sector_size {
+            write!(f, ",sector-size={bytes}")?;
         }
         let Some(target) = &self.target else { return Ok(()) };
         // Before `target=` xl takes the prefix as it does before a bare target; there is no key for it.

@@ -12,6 +12,7 @@ fn spec(target: &str, vdev: &str, access: Access) -> DiskSpec {
         backend_type: None,
         script: None,
         direct_io_safe: false,
+        sector_size: None,
         discard: true,
         trusted: None,
         kind: TargetKind::Unspecified,
@@ -201,6 +202,7 @@ fn every_corner_that_is_accepted() {
                 ..x()
             },
         ),
+        ("/x,,xvda,sector-size=512", DiskSpec { sector_size: Some(512), ..x() }),
         ("trusted,/x,,xvda", DiskSpec { trusted: Some(true), ..x() }),
         ("/é,,xvda", spec("/é", "xvda", Write)),
     ] {
@@ -267,6 +269,12 @@ fn what_is_refused_and_where() {
         ("tap:vmdk:/x,xvda,w", 4, 5, "qemu-nbd -f vmdk"),
         ("tap:ram:/x,xvda,w", 4, 4, "tmpfs"),
         ("foo:/x,xvda,w", 0, 4, "unknown prefix"),
+        ("/x,,xvda,sector-size=4096", 21, 4, "sector-size=512"),
+        ("/x,,xvda,w!,sector-size=512", 24, 3, "shared"),
+        ("rbd:pool/img,,xvda,w", 0, 12, "/dev/rbd/POOL/IMAGE"),
+        ("ceph:pool/img,raw,xvda,w", 0, 13, "rbd map"),
+        ("zvol:tank/vm,,xvda", 0, 12, "/dev/zvol/"),
+        ("vdev=xvda,target=nbd:server:10809", 17, 16, "nbd://HOST"),
         ("tap:foo:/x,xvda,w", 4, 4, "unknown prefix"),
         ("nbds://h/e,,xvda", 0, 5, "nbd:unix:PATH"),
         ("vdev=xvda,target=nbd+unix:///e?socket=/s", 17, 23, "nbd:unix:PATH"),
@@ -510,6 +518,7 @@ fn valid() -> impl Strategy<Value = DiskSpec> {
             direct_io_safe: flags.0,
             discard: flags.1,
             trusted: flags.2,
+            sector_size: flags.0.then_some(512).filter(|_| cdrom || access != SharedWrite),
             kind,
             notes: Vec::new(),
         }
