@@ -20,6 +20,7 @@
 //! ```
 
 mod error;
+mod follow;
 mod guard;
 mod journal;
 mod lock;
@@ -27,6 +28,7 @@ mod pending;
 mod session;
 
 pub use error::Error;
+pub use follow::Follower;
 pub use guard::Guard;
 pub use journal::Journal;
 pub use pending::Pending;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bridge_scripts::apply::{Guard, Options};
+use bridge_scripts::apply::{Follower, Guard, Options};
 use bridge_scripts::vif;
 use clap::{Args, Parser, Subcommand};
 use hypervisor::Backend;
@@ -161,12 +161,23 @@ fn keep_filters() -> Option<Guard> {
     }
 }
 
+/// What lets filters follow interfaces that are renamed by hand.
+fn follow_names() -> Option<Follower> {
+    match Follower::start(Options::default()) {
+        Ok(follower) => Some(follower),
+        Err(error) => {
+            tracing::warn!(%error, "names of links cannot be watched: one that is renamed by hand may lose its filter");
+            None
+        }
+    }
+}
+
 fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Result<(), Failure> {
     let defaults = Config::default();
     let config = Config { queues: serve.queues.unwrap_or(defaults.queues), cpus: serve.cpus, ..defaults };
     let (domid, store) = (xen.domid(), xen.store()?);
     let stop = signals.stop_handle();
-    let _filters = keep_filters();
+    let _filters = (keep_filters(), follow_names());
     let driver = Driver::new(store, domid, VifKind::new(xen, config))?;
     println!("netback: serving {}/backend/vif", domid.home());
     program::serve(vec![driver], &stop)

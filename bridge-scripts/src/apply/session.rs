@@ -179,6 +179,32 @@ impl Session {
         Ok(restored)
     }
 
+    /// Lets our tables name a device `to` that they named `from`, in the kernel and in their copies. Returns how many did.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel or the run directory refuses.
+    pub fn rename_in_tables(&mut self, from: &str, to: &str) -> Result<usize, Error> {
+        let wrong = |error: StepFault| Error::Read(Box::new(error));
+        let run = self.options.run.clone();
+        let mut renamed = 0;
+        for file in names(&run)?.iter().filter(|name| is_table(name)) {
+            let path = run.join(file);
+            let Some(mut content) = content(&path)?.filter(|content| names_device(content, from)) else { continue };
+            // Somebody else's may have the old name now.
+            if self.link.exists(from).map_err(|error| wrong(error.into()))? {
+                continue;
+            }
+            rename_device(&mut content, from, to);
+            let Ok(table) = serde_json::from_value::<Table>(content.clone()) else { continue };
+            let nft = self.nft().map_err(wrong)?;
+            nft.apply(&[Change::Replace(table)]).map_err(|error| wrong(error.into()))?;
+            write_whole(&path, &content.to_string()).map_err(wrong)?;
+            renamed += 1;
+        }
+        Ok(renamed)
+    }
+
     /// What was applied and waits for its confirmation.
     ///
     /// # Errors
@@ -403,6 +429,45 @@ fn table_files(run: &Path) -> Result<Vec<String>, Error> {
 /// The copy of a table; none where there is none that makes sense.
 fn kept(path: &Path) -> Result<Option<Table>, Error> {
     Ok(read_optional(path)?.and_then(|text| serde_json::from_str(&text).ok()))
+}
+
+fn is_table(file: &str) -> bool {
+    file.starts_with("table-") && file.ends_with(".json")
+}
+
+fn content(path: &Path) -> Result<Option<serde_json::Value>, Error> {
+    Ok(read_optional(path)?.and_then(|text| serde_json::from_str(&text).ok()))
+}
+
+/// Whether one of our tables names this device.
+pub(super) fn is_named_in_tables(run: &Path, device: &str) -> Result<bool, Error> {
+    for file in names(run)?.iter().filter(|name| is_table(name)) {
+        if content(&run.join(file))?.is_some_and(|content| names_device(&content, device)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether a table has this text anywhere: a hook's device, or what a rule compares names with.
+fn names_device(content: &serde_json::Value, device: &str) -> bool {
+    use serde_json::Value::{Array, Object, String};
+    match content {
+        String(text) => text == device,
+        Array(values) => values.iter().any(|value| names_device(value, device)),
+        Object(values) => values.values().any(|value| names_device(value, device)),
+        _ => false,
+    }
+}
+
+fn rename_device(content: &mut serde_json::Value, from: &str, to: &str) {
+    use serde_json::Value::{Array, Object, String};
+    match content {
+        String(text) if text == from => to.clone_into(text),
+        Array(values) => values.iter_mut().for_each(|value| rename_device(value, from, to)),
+        Object(values) => values.values_mut().for_each(|value| rename_device(value, from, to)),
+        _ => {}
+    }
 }
 
 /// Whether a table is about one of the links that are asked for. network-nat's, which is about all, is only looked up by

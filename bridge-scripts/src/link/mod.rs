@@ -11,6 +11,7 @@ mod dump;
 mod ingress;
 mod links;
 mod qdisc;
+mod renames;
 mod routes;
 mod wire;
 
@@ -27,6 +28,7 @@ use wire::{Message, attrs, text, u16_at, u32_at};
 pub use change::Mode;
 pub use conntrack::forget_connections;
 pub(crate) use ingress::fingerprint_of;
+pub use renames::{Renamed, Renames};
 
 /// Bytes of room for one answer of the kernel. It never sends more than 32 KiB at a time in a dump.
 const ROOM: usize = 64 << 10;

@@ -48,7 +48,7 @@ impl Vif {
         }
         let tap = self.config.taps.open(&self.name(), 0).map_err(|error| tap_fault(&error))?;
         tap.set_features(Features::default()).map_err(|error| tap_fault(&error))?;
-        self.tap = Some(tap);
+        (self.tap, self.mtu_before) = (Some(tap), None);
         let Some(script) = self.plugged.take() else { return Ok(()) };
         let (device, interface) = (&self.id.backend_path, self.name());
         if !is_builtin(&script) {

@@ -21,7 +21,7 @@ use crate::negotiate::{self, Agreed, FRONTEND_KEYS};
 use crate::queue::Live;
 use crate::spec;
 use crate::steer::Post;
-use crate::tap::{KernelTaps, Tap, Taps};
+use crate::tap::{KernelTaps, Tap, TapError, Taps};
 use crate::worker::{Plan, Report, Shared, Worker};
 use interface::{drop_frames, tap_fault};
 
@@ -82,6 +82,7 @@ impl Kind for VifKind {
             notifier,
             tap: None,
             rate,
+            mtu_before: None,
             plugged: (backend.get("hotplug-status") == Some("connected"))
                 .then(|| backend.get("script").unwrap_or_default().to_owned()),
             connection: None,
@@ -141,22 +142,34 @@ pub struct Vif {
     rate: Option<Rate>,
     /// The hotplug program, where it had run before there was a tap of ours: it was for another process's.
     plugged: Option<String>,
+    /// The MTU of the tap before it was lowered for a driver.
+    mtu_before: Option<u32>,
     connection: Option<Connection>,
     running: Arc<Mutex<Running>>,
 }
 
 impl Vif {
+    /// A driver that takes no frames in pieces gets Ethernet's MTU; the next one, which may, the one there was.
+    fn fit_mtu(&mut self, sg: bool) -> Result<(), Fault> {
+        let failed = |error: TapError| tap_fault(&error);
+        let device = &self.id.backend_path;
+        if sg {
+            if let Some(mtu) = self.mtu_before.take() {
+                self.tap()?.give_mtu_back(ETHERNET_MTU, mtu).map_err(failed)?;
+            }
+        } else if let Some(mtu) = self.tap()?.limit_mtu(ETHERNET_MTU).map_err(failed)? {
+            tracing::warn!(%device, "the guest takes no frames in pieces: MTU {ETHERNET_MTU} in the place of {mtu}");
+            self.mtu_before = Some(mtu);
+        }
+        Ok(())
+    }
+
     /// Builds all queues, or none.
     fn start_queues(&mut self, agreed: &Agreed, resume: bool) -> Result<(), Fault> {
         let taps = self.tap_queues(agreed.queues.len())?;
         let receives = agreed.receives;
         self.tap()?.set_features(receives.features()).map_err(|error| tap_fault(&error))?;
-        if !receives.sg
-            && let Some(mtu) = self.tap()?.limit_mtu(ETHERNET_MTU).map_err(|error| tap_fault(&error))?
-        {
-            let device = &self.id.backend_path;
-            tracing::warn!(%device, "the guest takes no frames in pieces: MTU {ETHERNET_MTU} in the place of {mtu}");
-        }
+        self.fit_mtu(receives.sg)?;
         // What came for a frontend that has left, cut and summed for it, is nobody's any more.
         taps.iter().try_for_each(drop_frames)?;
         let stalled = if receives.notifies { taps.len() as u32 } else { 0 };

@@ -91,9 +91,9 @@ pub(super) fn mtu(name: &str) -> io::Result<u32> {
     Ok(mtu.cast_unsigned())
 }
 
-pub(super) fn set_mtu(name: &str, mtu: u16) -> io::Result<()> {
+pub(super) fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
     let mut request = ifreq(name)?;
-    request.ifr_ifru.ifru_mtu = mtu.into();
+    request.ifr_ifru.ifru_mtu = mtu.cast_signed();
     // SAFETY: SIOCSIFMTU reads one struct ifreq, which `request` is.
     done(unsafe { libc::ioctl(any_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &raw mut request) })
 }

@@ -162,8 +162,22 @@ impl Tap {
         if mtu <= u32::from(most) {
             return Ok(None);
         }
-        ioctl::set_mtu(&name, most).map_err(|source| error("SIOCSIFMTU", &name, source))?;
+        ioctl::set_mtu(&name, most.into()).map_err(|source| error("SIOCSIFMTU", &name, source))?;
         Ok(Some(mtu))
+    }
+
+    /// Gives the interface the MTU `back` if it still has the one it was lowered to: nobody has chosen another meanwhile.
+    /// The calling thread must be in the interface's network namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn give_mtu_back(&self, lowered: u16, back: u32) -> Result<(), TapError> {
+        let Some(name) = self.name()? else { return Ok(()) };
+        let mtu = ioctl::mtu(&name).map_err(|source| error("SIOCGIFMTU", &name, source))?;
+        if mtu != u32::from(lowered) {
+            return Ok(());
+        }
+        ioctl::set_mtu(&name, back).map_err(|source| error("SIOCSIFMTU", &name, source))
     }
 
     fn error(&self, what: &'static str, source: io::Error) -> TapError {

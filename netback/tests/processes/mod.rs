@@ -75,7 +75,7 @@ pub fn assert_nothing_left(dom0: &Dom0, links_before: &[String]) {
 }
 
 /// Polls until it is so.
-pub fn until(what: &str, so: impl Fn() -> bool) {
+pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !so() {
         assert!(began.elapsed() < PATIENCE, "{what} did not happen");
