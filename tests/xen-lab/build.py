@@ -7,6 +7,7 @@ travels in the payload disk made for each boot (payload.py).
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import os
 import shutil
@@ -66,9 +67,20 @@ def stage(folder: Path, name: str, key: str, outputs: list[Path], make: Callable
 def build(cache: Path, world: World) -> Images:
     """Bring every image of a world up to date; says at the end whether anything had to be done."""
     images = Images(cache, world)
-    adopt(cache)
     images.cache.mkdir(parents=True, exist_ok=True)
-    packages.ensure_packages()
+    with (cache / "build.lock").open("w") as lock:
+        # Two builds at once into one folder would fill each other's trees. Let go when the file is closed.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        adopt(cache)
+        packages.ensure_packages()
+        done = make_all(images)
+    say(f"build: Xen {world.name}: " + ("complete" if done else "nothing to do"))
+    return images
+
+
+def make_all(images: Images) -> bool:
+    """Every stage in order; whether anything had to be done."""
+    world = images.world
     tools = [HERE / "build.py", HERE / "kernel.py", HERE / "cpio.py"]
 
     done = False
@@ -92,8 +104,7 @@ def build(cache: Path, world: World) -> Images:
         done |= stage(images.cache, "i386-packages", fetch32_key, [images.packages32], lambda: fetch_i386(images))
         done |= stage(images.cache, "i386-guest", guest32_key, [images.vmlinux32, images.guest32_initrd],
                       lambda: make_i386(images))
-    say(f"build: Xen {world.name}: " + ("complete" if done else "nothing to do"))
-    return images
+    return done
 
 
 def adopt(cache: Path) -> None:
