@@ -80,9 +80,17 @@ impl Remains {
             );
             Fault::host(libc::EPIPE, text)
         };
-        let Left { taken, requests } = match log {
-            Some(path) => inflight::read(path, connection, visible).map_err(unknown)?,
-            None => return Err(unknown("no log of it is kept".to_owned())),
+        let left = match log {
+            Some(path) => inflight::read(path, connection, visible),
+            None => Err("no log of it is kept".to_owned()),
+        };
+        let Left { taken, requests } = match left {
+            Ok(left) => left,
+            // As many answers as requests: then no log is needed.
+            Err(_) if BackRing::resume(&memory, layout, visible).pending() == Ok(0) => {
+                Left { taken: visible, requests: Vec::new() }
+            }
+            Err(why) => return Err(unknown(why)),
         };
         let channel = xen
             .bind(peer, keys.port)

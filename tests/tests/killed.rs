@@ -121,3 +121,33 @@ fn a_killed_blkback_holds_nothing() {
     other.detach(&dom0);
     run(&mut dom0.blkback(["detach", "guest", "xvda"]));
 }
+
+/// Nothing in flight: then it does not matter that a log is missing. Something in flight, and nobody knows what: that is said.
+#[test]
+fn without_its_log_a_killed_blkback_leaves_what_is_known() {
+    if !have("qemu-io", "a kill without a log") {
+        return;
+    }
+    let mut dom0 = Dom0::start();
+    let (image, other) = (dom0.image("disk.img", 8 << 20), dom0.image("other.img", 8 << 20));
+    let idle = dom0.guest_with("idle", &image, "w", &[]);
+    let busy = dom0.guest_with("busy", &other, "w", &[]);
+    let pid = nix::unistd::Pid::from_raw(dom0.blkback.pid().cast_signed());
+    nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
+    let mut standing = write(&busy.uri(), "1M");
+    std::thread::sleep(Duration::from_millis(500));
+    dom0.blkback.signal(Signal::SIGKILL);
+    std::fs::remove_dir_all(dom0.dir().join("blkback")).unwrap();
+    let hypervisor = dom0.hypervisor();
+    dom0.blkback = Process::start("blkback", ["serve", "--hypervisor", &hypervisor]);
+    dom0.blkback.expect("serving");
+    idle.process.expect("is gone");
+    let mut listed = String::new();
+    until("no word of what is in flight", || {
+        listed = run(&mut dom0.blkback(["list", "busy"]));
+        listed.contains("is not known")
+    });
+    assert!(listed.contains("destroy the guest"), "{listed}");
+    standing.kill().unwrap();
+    standing.wait().unwrap();
+}
