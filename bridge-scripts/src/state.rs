@@ -299,6 +299,12 @@ pub struct State {
     /// has no such programs, or nobody asked.
     #[serde(default)]
     pub ingress: Option<BTreeMap<String, u64>>,
+    /// Whether what bridges forward passes IPv4's and IPv6's firewall hooks too (br_netfilter). Looked at with the tables.
+    #[serde(default)]
+    pub bridge_netfilter: [bool; 2],
+    /// Other people's chains that drop it there.
+    #[serde(default)]
+    pub forward: Vec<nft::ForwardChain>,
     /// The sysctls that were asked for and exist.
     pub sysctls: BTreeMap<String, String>,
     /// Our records (small files in the run directory) that were asked for and exist.

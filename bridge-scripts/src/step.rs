@@ -146,6 +146,15 @@ pub enum Step {
         /// The table as which they decide; none to take them away.
         table: Option<nft::Table>,
     },
+    /// Let the machine's firewall (iptables' FORWARD chain) accept what is forwarded within a bridge.
+    AcceptWithin {
+        /// The bridge.
+        bridge: String,
+        /// IPv4 or IPv6.
+        family: nft::Family,
+        /// Whether the rule is put there or taken away.
+        on: bool,
+    },
     /// Write a sysctl.
     Sysctl {
         /// Its path below /proc/sys, with slashes (a link's name may have dots): `net/ipv4/conf/eth0.411/proxy_arp`.
@@ -273,6 +282,14 @@ impl Step {
                 None => vec![Self::RemoveFdb(new.clone())],
             },
             Self::RemoveFdb(old) => present(&before.fdb, old, Self::AddFdb),
+            Self::AcceptWithin { bridge, family, on } => {
+                let chains = before.forward.iter().filter(|chain| chain.family == *family && chain.is_iptables());
+                let had = chains.flat_map(|chain| &chain.ours).any(|(name, _)| name == bridge);
+                if had == *on {
+                    return Vec::new();
+                }
+                vec![Self::AcceptWithin { bridge: bridge.clone(), family: *family, on: had }]
+            }
             Self::Ingress { link: name, .. } => undo_ingress(name, before),
             Self::Sysctl { path, value } => match before.sysctls.get(path) {
                 Some(was) if was != value => {
@@ -429,6 +446,12 @@ impl fmt::Display for Step {
             Self::RemoveBridgeVlan(vlan) => write!(f, "no longer let {vlan}"),
             Self::AddFdb(entry) => write!(f, "add {entry}"),
             Self::RemoveFdb(entry) => write!(f, "remove {entry}"),
+            Self::AcceptWithin { bridge, family, on: true } => {
+                write!(f, "let {family} filter FORWARD accept what is forwarded within {bridge}")
+            }
+            Self::AcceptWithin { bridge, family, on: false } => {
+                write!(f, "take back that {family} filter FORWARD accepts what is forwarded within {bridge}")
+            }
             Self::Ingress { link, table: Some(_) } => write!(f, "filter what {link} receives by BPF too"),
             Self::Ingress { link, table: None } => write!(f, "filter what {link} receives no longer by BPF"),
             Self::Sysctl { path, value } => write!(f, "write {value} to /proc/sys/{path}"),

@@ -5,11 +5,16 @@
 mod vif_common;
 
 use bridge_scripts::apply::Fault;
-use vif_common::{Scene, alone_with_taps, becomes, now, sh, shown, try_sh};
+use vif_common::{Scene, alone_with_taps, becomes, nft_reads, now, sh, shown, try_sh};
 
 #[test]
 fn a_step_that_fails_leaves_nothing() {
     alone_with_taps("a_step_that_fails_leaves_nothing", || {
+        // Somebody else's firewall, which gets a rule where the kernel has br_netfilter.
+        nft_reads(
+            "table ip filter {\n\tchain FORWARD {\n\t\ttype filter hook forward priority 0; policy drop;\n\t}\n}\n",
+        )
+        .unwrap();
         for (script, keys) in [
             ("vif-bridge", &[("bridge", "xenbr0"), ("ip", "10.0.0.5"), ("vifname", "web0")][..]),
             ("vif-route", &[("ip", "10.0.0.5 192.168.17.1/24 2001:db8::5")][..]),
@@ -29,6 +34,8 @@ fn a_step_that_fails_leaves_nothing() {
                     + &sh("ip route")
                     + &sh("ip neigh show proxy")
                     + &sh("nft list ruleset")
+                    + &sh("tc filter show dev vif1.0 ingress")
+                    + if sh("tc qdisc show dev vif1.0").contains("clsact") { "clsact" } else { "" }
             };
             // Whether a port of xenbr0 is on is seen at the bridge.
             // And a device that was on once keeps its queue.

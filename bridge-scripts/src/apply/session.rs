@@ -205,6 +205,15 @@ impl Session {
         Ok(renamed)
     }
 
+    /// The names of records that begin like this.
+    ///
+    /// # Errors
+    ///
+    /// When the run directory cannot be read.
+    pub fn record_names(&self, prefix: &str) -> Result<Vec<String>, Error> {
+        record_names(&self.options.run, prefix)
+    }
+
     /// What was applied and waits for its confirmation.
     ///
     /// # Errors
@@ -341,6 +350,7 @@ impl Session {
                 self.nft()?.apply(&[Change::Delete(*family, name.clone())])?;
                 remove_optional(&self.table_file(*family, name))
             }
+            Step::AcceptWithin { bridge, family, on } => Ok(self.nft()?.accept_within(bridge, *family, *on)?),
             Step::Record { name, content: Some(content) } => write_whole(&self.file(name), content),
             Step::Record { name, content: None } => remove_optional(&self.file(name)),
             Step::Ingress { link, table: Some(_) } => match self.link.take(step, mode) {
@@ -405,6 +415,11 @@ fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Resu
             };
             state.tables.push(OurTable { family, name, content });
         }
+        state.bridge_netfilter = bridge_netfilter().map_err(|error| wrong(error.into()))?;
+        let bridges = state.links.values().any(|link| link.is_bridge());
+        if bridges && Path::new("/proc/sys").join(BRIDGE_NETFILTER[0]).exists() {
+            state.forward = nft.forward_chains().map_err(|error| wrong(error.into()))?;
+        }
         // Those that are to be there, and are not: whoever wants them gone has to forget them too.
         for file in table_files(run)? {
             let Some(Table { family, name, .. }) = kept(&run.join(file))? else { continue };
@@ -419,6 +434,14 @@ fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Resu
         }
     }
     Ok(state)
+}
+
+/// Whether br_netfilter is there and hands over what bridges forward, IPv4 and IPv6.
+const BRIDGE_NETFILTER: [&str; 2] = ["net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"];
+
+fn bridge_netfilter() -> Result<[bool; 2], crate::link::Error> {
+    let [v4, v6] = BRIDGE_NETFILTER.map(|path| Ok(crate::link::read_sysctl(path)?.is_some_and(|value| value != "0")));
+    Ok([v4?, v6?])
 }
 
 /// The names of the copies of tables.

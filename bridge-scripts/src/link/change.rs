@@ -137,7 +137,9 @@ impl Link {
                 self.set_ingress(link, &programs.ok_or_else(|| Error::NotOurs(step.to_string()))?)
             }
             Step::Sysctl { path, value } => write_sysctl(path, value),
-            Step::Table(_) | Step::DropTable(..) | Step::Record { .. } => Err(Error::NotOurs(step.to_string())),
+            Step::AcceptWithin { .. } | Step::Table(_) | Step::DropTable(..) | Step::Record { .. } => {
+                Err(Error::NotOurs(step.to_string()))
+            }
         }
     }
 
@@ -352,6 +354,7 @@ fn is_so_already(error: &Error, step: &Step) -> bool {
         Step::SetMaster { .. }
         | Step::Rename { .. }
         | Step::VlanFiltering { .. }
+        | Step::AcceptWithin { .. }
         | Step::Table(_)
         | Step::DropTable(..)
         | Step::Record { .. } => false,

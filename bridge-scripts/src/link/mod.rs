@@ -27,6 +27,7 @@ use wire::{Message, attrs, text, u16_at, u32_at};
 
 pub use change::Mode;
 pub use conntrack::forget_connections;
+pub(crate) use dump::read_sysctl;
 pub(crate) use ingress::fingerprint_of;
 pub use renames::{Renamed, Renames};
 

@@ -22,7 +22,14 @@ pub fn bridges(state: &State, only: Option<&str>) -> String {
             None => "there is no bridge\n".to_owned(),
         };
     }
-    table(&rows)
+    let mut text = table(&rows);
+    for row in rows.iter().skip(1) {
+        for line in crate::vif::forward::advice(state, row[0].trim_end_matches(" (down)")) {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{line}");
+        }
+    }
+    text
 }
 
 fn row(state: &State, name: &str, link: &LinkState) -> Vec<String> {

@@ -25,6 +25,8 @@ pub(super) enum About<'a> {
     /// The one that was there.
     Before,
     Table,
+    /// Somebody else's chain.
+    Foreign,
     Set(&'a Set),
     Chain(&'a Chain),
     Rule(&'a Chain, &'a Rule),
@@ -35,6 +37,7 @@ impl std::fmt::Display for About<'_> {
         match self {
             Self::Before => f.write_str("the table before"),
             Self::Table => f.write_str("the table"),
+            Self::Foreign => f.write_str("another's chain"),
             Self::Set(set) => write!(f, "set {}", set.name),
             Self::Chain(chain) => write!(f, "chain {}", chain.name),
             Self::Rule(chain, rule) => write!(f, "chain {}: rule `{rule}`", chain.name),
@@ -76,6 +79,26 @@ pub(super) fn delete<'a>(family: Family, name: &str) -> Vec<Part<'a>> {
     [(new_table(name), NLM_F_CREATE), (gone, 0)]
         .map(|(message, flags)| Part { message: wrap(family, message), flags, about: About::Before })
         .into()
+}
+
+/// What puts a rule before all others of somebody else's chain.
+pub(super) fn insert<'a>(family: Family, table: &str, chain: &str, rule: &Rule) -> Part<'a> {
+    let table = Table { family, name: table.to_owned(), sets: Vec::new(), chains: Vec::new() };
+    let chain = Chain { name: chain.to_owned(), hook: None, rules: Vec::new() };
+    Part { message: wrap(family, new_rule(&table, &chain, rule)), flags: NLM_F_CREATE, about: About::Foreign }
+}
+
+/// What deletes the rule of this number.
+pub(super) fn delete_rule<'a>(family: Family, table: &str, chain: &str, number: u64) -> Part<'a> {
+    /// NFTA_RULE_HANDLE.
+    const HANDLE: u16 = 3;
+    let attributes = vec![
+        RuleAttribute::Table(table.to_owned()),
+        RuleAttribute::Chain(chain.to_owned()),
+        RuleAttribute::Other(DefaultNla::new(HANDLE, number.to_be_bytes().to_vec())),
+    ];
+    let message = NfTablesMessage::DeleteRule(RuleMessage { attributes });
+    Part { message: wrap(family, message), flags: 0, about: About::Foreign }
 }
 
 /// The question which tables there are.

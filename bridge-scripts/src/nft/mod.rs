@@ -14,6 +14,7 @@ mod check;
 mod encode;
 mod expression;
 mod field;
+mod forward;
 mod held;
 mod set;
 mod show;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 pub use check::Malformed;
 pub use field::{Base, Field};
+pub use forward::ForwardChain;
 pub use set::{Set, SetKind};
 pub(crate) use socket::tables_told;
 pub use socket::{Change, Error, Nft};

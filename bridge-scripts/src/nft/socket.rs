@@ -109,7 +109,7 @@ impl Nft {
     }
 
     fn commit(&mut self, changes: &[Change], new: impl Fn(&Table) -> bool) -> Result<(), Error> {
-        let mut parts: Vec<(&Change, Part<'_>)> = Vec::new();
+        let mut parts: Vec<(String, Part<'_>)> = Vec::new();
         for change in changes {
             let of_change = match change {
                 Change::Replace(table) => {
@@ -118,15 +118,24 @@ impl Nft {
                 }
                 Change::Delete(family, name) => encode::delete(*family, name),
             };
-            parts.extend(of_change.into_iter().map(|part| (change, part)));
+            parts.extend(of_change.into_iter().map(|part| (change.about(), part)));
         }
+        self.batch(parts)
+    }
+
+    /// Makes changes that are not of whole tables, all or none.
+    pub(super) fn send_parts(&mut self, parts: Vec<Part<'_>>, about: &str) -> Result<(), Error> {
+        self.batch(parts.into_iter().map(|part| (about.to_owned(), part)).collect())
+    }
+
+    fn batch(&mut self, parts: Vec<(String, Part<'_>)>) -> Result<(), Error> {
         let Some(last) = u32::try_from(parts.len()).ok().filter(|parts| *parts > 0) else { return Ok(()) };
         let last = FIRST + last;
         let batch =
             |message| NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM), message);
         let mut bytes = Vec::new();
         emit(&mut bytes, FIRST, 0, batch(ControlMessage::BatchBegin));
-        let mut about: Vec<(&Change, About<'_>)> = Vec::with_capacity(parts.len());
+        let mut about: Vec<(String, About<'_>)> = Vec::with_capacity(parts.len());
         for (sequence, (change, part)) in (FIRST + 1..).zip(parts) {
             // Only the last asks for an answer: it comes if all went well, and after the refusals if not.
             let acknowledge = if sequence == last { NLM_F_ACK } else { 0 };
@@ -138,7 +147,7 @@ impl Nft {
         self.verdict(last, |sequence| {
             let index = usize::try_from(sequence.checked_sub(FIRST + 1)?).ok()?;
             let (change, part) = about.get(index)?;
-            Some((change.about(), part.to_string()))
+            Some((change.clone(), part.to_string()))
         })
     }
 

@@ -117,6 +117,15 @@ impl State {
                 self.fdb.push(new.clone());
             }
             Step::RemoveFdb(old) => self.fdb.retain(|had| had != old),
+            Step::AcceptWithin { bridge, family, on } => {
+                for chain in self.forward.iter_mut().filter(|chain| chain.family == *family && chain.is_iptables()) {
+                    chain.ours.retain(|(name, _)| name != bridge);
+                    if *on {
+                        // Its number is the kernel's to give.
+                        chain.ours.push((bridge.clone(), 0));
+                    }
+                }
+            }
             Step::Ingress { link, table } => {
                 if let Some(ingress) = &mut self.ingress {
                     match table.as_ref().and_then(antispoof::fingerprint) {

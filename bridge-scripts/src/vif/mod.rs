@@ -9,6 +9,7 @@
 //! Nothing of an interface is left half done: see [`crate::apply`].
 
 mod dnsmasq;
+pub(crate) mod forward;
 mod hands;
 mod nat;
 mod pair;
@@ -319,6 +320,11 @@ fn read(session: &mut Session, settings: &Settings) -> Result<State, Error> {
         names.sort_unstable();
     }
     names.dedup();
+    // Whether others need what is made for all guests of a bridge.
+    let records = match settings.script {
+        Script::Bridge => session.record_names("vif-")?,
+        Script::Route | Script::Nat => Vec::new(),
+    };
     let mut what = What {
         addresses: true,
         fdb: settings.script == Script::Bridge,
@@ -330,6 +336,9 @@ fn read(session: &mut Session, settings: &Settings) -> Result<State, Error> {
         records: vec![record_name(&settings.vif), dnsmasq::HOSTS.to_owned(), dnsmasq::CONF.to_owned()],
         ..What::default()
     };
+    what.records.extend(records);
+    what.records.sort_unstable();
+    what.records.dedup();
     for name in &names {
         what.sysctls.extend(SYSCTLS.iter().map(|(of, leaf)| format!("{of}/{name}/{leaf}")));
     }

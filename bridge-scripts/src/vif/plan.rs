@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use super::settings::Settings;
-use super::{Error, Script, dnsmasq, nat, pair, route};
+use super::{Error, Script, dnsmasq, forward, nat, pair, route};
 use crate::antispoof::{self, Rules};
 use crate::nft::{Family, Table};
 use crate::plan::Plan;
@@ -191,6 +191,7 @@ pub fn offline(settings: &Settings, before: &State) -> Plan {
             }
         }
     }
+    forward::offline(&mut draft);
     let record = record_name(&settings.vif);
     if before.records.contains_key(&record) {
         draft.push(Step::Record { name: record, content: None });
@@ -341,6 +342,7 @@ fn bridge(draft: &mut Draft<'_>) -> Result<(), Error> {
         draft.push(Step::PortFlags { link: name.clone(), flags });
     }
     vlans(draft, in_place);
+    forward::online(draft, &bridge_name);
     if settings.antispoof {
         // With VLANs an entry is of one of them; without, of all.
         let ids = match &settings.vlans {
