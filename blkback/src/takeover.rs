@@ -129,3 +129,43 @@ fn wait_for_way(store: &Client, path: &str, frontend: DomId) -> Result<bool> {
     }
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use xenstore_client::server::Server;
+
+    use super::*;
+
+    /// libxl names a backend's directory by a path relative to its own home.
+    #[test]
+    fn the_departing_ones_disk_makes_way() {
+        let server = Server::new().unwrap();
+        let store = server.connect(DomId::DOM0).unwrap();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let other = tempfile::NamedTempFile::new().unwrap();
+        let home = "/local/domain/0/backend";
+        for (domain, file) in [(3, &other), (4, &image), (5, &image)] {
+            let path = format!("{home}/vbd/{domain}/768");
+            store.write(&format!("{path}/state"), "4").unwrap();
+            store.write(&format!("{path}/physical-device-path"), file.path().to_str().unwrap()).unwrap();
+        }
+        for folder in ["backend", home] {
+            let backend = server.connect(DomId::DOM0).unwrap();
+            let answers = std::thread::spawn(move || {
+                let asked = format!("{home}/vbd/4/768/{YIELD}");
+                while backend.read_opt(&asked).unwrap().as_deref() != Some("5") {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                backend.write(&format!("{home}/vbd/4/768/{YIELDED}"), "5").unwrap();
+            });
+            make_way(&store, folder, DomId(5), image.path()).unwrap().unwrap();
+            answers.join().unwrap();
+            for bystander in [3, 5] {
+                assert_eq!(store.read_opt(&format!("{home}/vbd/{bystander}/768/{YIELD}")).unwrap(), None);
+            }
+            for key in [YIELD, YIELDED] {
+                store.rm_if_exists(&format!("{home}/vbd/4/768/{key}")).unwrap();
+            }
+        }
+    }
+}
