@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hypervisor::Backend;
+use xenstore_client::LogGate;
 use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
 
 use crate::abort::{Abort, Remains};
@@ -86,6 +87,7 @@ impl Kind for VbdKind {
             lookout: None,
             waiting: None,
             abort: None,
+            log: LogGate::default(),
         })
     }
 }
@@ -145,6 +147,8 @@ pub struct Vbd {
     waiting: Option<Agreed>,
     /// The rings of a killed predecessor, whose requests get an error.
     abort: Option<Abort>,
+    /// For lines that a guest can cause by connecting again and again.
+    log: LogGate,
 }
 
 /// What the queues' threads speak to.
@@ -369,7 +373,8 @@ impl Vbd {
         cpu
     }
 
-    fn log_totals(&self) {
+    fn log_totals(&mut self) {
+        let Some(unsaid) = self.log.admit() else { return };
         let sum = |pick: fn(&Counters) -> u64| self.counters.iter().map(|counters| pick(counters)).sum::<u64>();
         tracing::info!(
             device = %self.id.backend_path,
@@ -381,6 +386,7 @@ impl Vbd {
             mib_written = sum(|c| c.bytes_written.get()) >> 20,
             io_errors = sum(|c| c.io_errors.get()),
             refused = sum(Counters::refusals),
+            unsaid,
             "disconnected"
         );
     }
@@ -470,14 +476,17 @@ impl Device for Vbd {
             return Ok(keys);
         }
         self.start_queues(&agreed, &medium)?;
-        tracing::info!(
-            device = %self.id.backend_path,
-            queues = agreed.queues.len(),
-            ring_pages = agreed.queues[0].ring.len(),
-            protocol = agreed.protocol.name(),
-            persistent = agreed.persistent && medium.pages_stay,
-            "connected"
-        );
+        if let Some(unsaid) = self.log.admit() {
+            tracing::info!(
+                device = %self.id.backend_path,
+                queues = agreed.queues.len(),
+                ring_pages = agreed.queues[0].ring.len(),
+                protocol = agreed.protocol.name(),
+                persistent = agreed.persistent && medium.pages_stay,
+                unsaid,
+                "connected"
+            );
+        }
         Ok(keys)
     }
 

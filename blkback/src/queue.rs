@@ -70,6 +70,8 @@ pub struct Progress {
     pub taken: u32,
     /// Responses given.
     pub answered: u32,
+    /// Of those, to requests that made no sense.
+    pub refused: u32,
 }
 
 impl Progress {
@@ -593,6 +595,7 @@ impl<S: Storage> Queue<S> {
 
     fn refuse(&mut self, due: Due, reason: Refusal, progress: &mut Progress) {
         self.counters.refuse(reason);
+        progress.refused += 1;
         tracing::debug!(id = due.id, operation = due.operation, %reason, "request refused");
         self.answer(due, reason.status(), progress);
     }

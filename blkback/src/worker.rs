@@ -1,5 +1,7 @@
 //! The thread that drives a queue.
 
+mod back_off;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -28,6 +30,8 @@ use crate::negotiate::QueueKeys;
 use crate::queue::{Broken, Parts, Queue};
 use crate::request::Shape;
 use crate::storage::{Sleep, Storage};
+
+use back_off::BackOff;
 
 /// Pages of ours that a queue copies through: 8 MiB, eight of the largest requests at a time.
 const ARENA_PAGES: u32 = 2048;
@@ -357,7 +361,7 @@ impl<R: Fn(Report)> Drive<'_, R> {
 
     /// Serves until told to stop, or until the queue is broken.
     fn serve(&mut self) -> Result<(), Broken> {
-        let mut patience = Patience::default();
+        let (mut patience, mut back_off) = (Patience::default(), BackOff::default());
         let mut period_began = Instant::now();
         let mut turns = 0u32;
         while !self.stopped() {
@@ -378,6 +382,9 @@ impl<R: Fn(Report)> Drive<'_, R> {
                 self.retry_held();
             }
             let progress = self.queue.turn()?;
+            if let Some(pause) = back_off.after(progress.taken, progress.refused) {
+                std::thread::sleep(pause);
+            }
             if progress.taken > 0 {
                 patience.asked();
             }

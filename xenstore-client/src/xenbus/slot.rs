@@ -4,14 +4,14 @@ use std::collections::VecDeque;
 
 use super::machine::{Action, Front, Input, Machine, step};
 use super::{Blame, Device, DeviceId, Fault, Keys, Kind, Note, Notifier, State, frontend};
-use crate::{Client, DomId, Error, Result, Store, Watcher};
+use crate::{Client, DomId, Error, LogGate, Result, Store, Watcher};
 
 /// What all devices of a driver share.
 pub(super) struct Context<'a, K: Kind> {
     pub(super) client: &'a Client,
     pub(super) watcher: &'a Watcher,
     pub(super) notifier: &'a Notifier,
-    pub(super) log: &'a mut crate::LogGate,
+    pub(super) log: &'a mut LogGate,
     pub(super) home: &'a str,
     pub(super) kind: &'a mut K,
 }
@@ -28,6 +28,8 @@ pub(super) struct Slot<D> {
     /// Our `state` node no longer says what the toolstack created it with. A 1 there from now on means that the
     /// directory was removed and made anew.
     said: bool,
+    /// For lines that a guest can cause by connecting again and again.
+    log: LogGate,
     /// The machine has forgotten the device: the slot can go.
     pub(super) forgotten: bool,
 }
@@ -76,6 +78,7 @@ impl<D: Device> Slot<D> {
             frontend: good,
             watched_keys: Vec::new(),
             said,
+            log: LogGate::default(),
             forgotten: false,
         };
         if slot.frontend.is_ok() {
@@ -244,7 +247,9 @@ impl<D: Device> Slot<D> {
                 Err(input) => Ok(vec![input]),
             },
             Action::SetState(state) => {
-                tracing::info!(device = %self.id.backend_path, "state {state}");
+                if let Some(unsaid) = self.log.admit() {
+                    tracing::info!(device = %self.id.backend_path, unsaid, "state {state}");
+                }
                 let written = self.write_state(ctx.client, state, &[])?;
                 self.after(ctx, written)
             }
@@ -387,7 +392,9 @@ impl<D: Device> Slot<D> {
             if reattach { Ok(Written::Done) } else { self.write_state(ctx.client, State::Connected, &published) };
         match rest.and_then(|written| self.after(ctx, written)) {
             Ok(more) if more.is_empty() => {
-                tracing::info!(device = %self.id.backend_path, "connected");
+                if let Some(unsaid) = self.log.admit() {
+                    tracing::info!(device = %self.id.backend_path, unsaid, "connected");
+                }
                 match self.watch_keys(ctx) {
                     Ok(()) => {}
                     Err(Error::Disconnected) => return Err(Error::Disconnected),
