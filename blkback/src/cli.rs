@@ -18,6 +18,7 @@ use crate::device::{Config, KINDS, VbdKind};
 use crate::doubt;
 use crate::drive;
 use crate::hotplug;
+use crate::inflight;
 use crate::nbd::Export;
 use crate::negotiate::Limits;
 use crate::spec;
@@ -297,7 +298,13 @@ fn run_server(machine: Machine, xen: Arc<dyn Backend>, serve: Serve, signals: &S
     let domid = xen.domid();
     let store = xen.store()?;
     let stop = signals.stop_handle();
-    let config = Config { limits, cpus: serve.cpus.clone(), logs: Some(machine.folder("blkback")) };
+    let logs = machine.folder("blkback", domid);
+    let exists = |kind: &str, frontend: DomId, devid: u32| {
+        let state = format!("{}/backend/{kind}/{frontend}/{devid}/state", domid.home());
+        store.read_opt(&state).map(|state| state.is_some()).map_err(std::io::Error::other)
+    };
+    inflight::sweep(&logs, exists).map_err(|error| format!("logs in {}: {error}", logs.display()))?;
+    let config = Config { limits, cpus: serve.cpus.clone(), logs: Some(logs) };
     let kinds = serve.kinds();
     let drivers = kinds
         .iter()

@@ -363,7 +363,7 @@ impl Vbd {
     /// Where what is in flight on a queue is logged.
     fn log(&self, queue: usize) -> Option<PathBuf> {
         let DeviceId { kind, frontend_id, devid, .. } = &self.id;
-        self.config.logs.as_ref().map(|folder| folder.join(format!("{kind}-{frontend_id}-{devid}-{queue}")))
+        self.config.logs.as_ref().map(|folder| folder.join(inflight::name(kind, *frontend_id, *devid, queue)))
     }
 
     fn next_cpu(&self) -> Option<usize> {

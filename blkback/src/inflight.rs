@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use hypervisor::memory::Mapping;
-use hypervisor::{GrantRef, Port};
+use hypervisor::{DomId, GrantRef, Port};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 
 /// "blkback1": another version has another layout.
@@ -167,6 +167,36 @@ pub fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// The file of a queue's log, below the folder of all.
+pub fn name(kind: &str, frontend: DomId, devid: u32, queue: usize) -> String {
+    format!("{kind}-{frontend}-{devid}-{queue}")
+}
+
+/// Removes the logs of devices that are gone: their guests ended while no server ran. `exists` is told a device's kind,
+/// domain and number.
+///
+/// # Errors
+/// When the folder cannot be read, a log not be removed, or `exists` fails.
+pub fn sweep(folder: &Path, exists: impl Fn(&str, DomId, u32) -> io::Result<bool>) -> io::Result<()> {
+    let logs = match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        logs => logs?,
+    };
+    for log in logs {
+        let log = log?;
+        let name = log.file_name();
+        let parts: Vec<&str> = name.to_str().unwrap_or_default().split('-').collect();
+        // What is not ours stays.
+        let [kind, frontend, devid, _] = parts[..] else { continue };
+        if let (Ok(frontend), Ok(devid)) = (frontend.parse(), devid.parse())
+            && !exists(kind, frontend, devid)?
+        {
+            remove(&log.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// Reads what a killed process left at `path` about a ring of which the frontend can see `visible` answers.
 ///
 /// # Errors
@@ -258,6 +288,19 @@ mod tests {
         log.take(0, request(2));
         log.memory.atomic_u32(TAKEN).store(0, Ordering::Release);
         assert_eq!(ids(&path, u32::MAX), (0, vec![1]));
+    }
+
+    #[test]
+    fn logs_of_devices_that_are_gone_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("logs");
+        sweep(&folder, |_, _, _| Ok(false)).unwrap();
+        let names = [name("vbd", DomId(3), 51712, 0), name("vbd3", DomId(4), 51712, 1), "notes".to_owned()];
+        std::fs::create_dir(&folder).unwrap();
+        names.iter().for_each(|name| std::fs::write(folder.join(name), "").unwrap());
+        sweep(&folder, |kind, frontend, devid| Ok((kind, frontend, devid) == ("vbd3", DomId(4), 51712))).unwrap();
+        let left = names.map(|name| folder.join(name).exists());
+        assert_eq!(left, [false, true, true]);
     }
 
     #[test]

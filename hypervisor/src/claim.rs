@@ -18,10 +18,11 @@ pub struct Claim {
 }
 
 impl Machine {
-    /// Where `program` keeps what the next process of its kind must find, and a reboot must not leave.
-    pub fn folder(&self, program: &str) -> PathBuf {
+    /// Where `program` in the backend domain `domid` keeps what the next process of its kind must find, and a reboot must not
+    /// leave.
+    pub fn folder(&self, program: &str, domid: DomId) -> PathBuf {
         match self {
-            Self::Emulated(dir) => dir.join(program),
+            Self::Emulated(dir) => dir.join(format!("{program}-{domid}")),
             Self::Xen => Path::new("/run").join(program),
         }
     }

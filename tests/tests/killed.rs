@@ -71,7 +71,7 @@ fn what_a_killed_blkback_had_in_flight_ends_with_an_error() {
     let disk = format!("nbd:unix:{}", socket.display());
     run(&mut dom0.blkback(["attach", "guest", &format!("vdev=xvda,access=w,target={disk}"), "--wait", "20"]));
     guest.process.expect("nbd+unix");
-    let logs = dom0.dir().join("blkback");
+    let logs = dom0.dir().join("blkback-0");
     let taken = write(&guest.uri(), "0");
     until("the write does not come", || in_flight(&logs) > 0);
     let pid = nix::unistd::Pid::from_raw(dom0.blkback.pid().cast_signed());
@@ -137,7 +137,7 @@ fn without_its_log_a_killed_blkback_leaves_what_is_known() {
     let mut standing = write(&busy.uri(), "1M");
     std::thread::sleep(Duration::from_millis(500));
     dom0.blkback.signal(Signal::SIGKILL);
-    std::fs::remove_dir_all(dom0.dir().join("blkback")).unwrap();
+    std::fs::remove_dir_all(dom0.dir().join("blkback-0")).unwrap();
     let hypervisor = dom0.hypervisor();
     dom0.blkback = Process::start("blkback", ["serve", "--hypervisor", &hypervisor]);
     dom0.blkback.expect("serving");
