@@ -48,7 +48,7 @@ def ensure(cache: Path, wanted: list[kernels.Kernel], again: bool = False) -> li
     found = []
     for kernel in wanted:
         images = Images(cache, kernel)
-        recipe = key(kernel, kernels.INITRD_MODULES, kernels.MODULE_FOLDERS, kernels.MODULE_FILES, (HERE / "inside/initrd-init").read_text())
+        recipe = key("with what they need", kernel, kernels.INITRD_MODULES, kernels.MODULE_FOLDERS, kernels.MODULE_FILES, (HERE / "inside/initrd-init").read_text())
         stage(images.folder / "stamp", recipe, [images.vmlinuz, images.initrd, images.modules],
               f"kernel {kernel.name}, from Debian {kernel.suite}", again, lambda images=images: make_kernel(images))
         found.append(images)
@@ -90,6 +90,7 @@ def make_kernel(images: Images) -> None:
     images.release.write_text(kernel.version)
     shutil.copy(kernel.vmlinuz, images.vmlinuz)
 
+    parts.depmod(tree, kernel.version, images.logs / f"depmod-{suite}.log")
     small = images.folder / "small"
     shutil.rmtree(small, ignore_errors=True)
     choose_modules(kernel, small / "lib/modules" / kernel.version)
@@ -98,7 +99,6 @@ def make_kernel(images: Images) -> None:
 
     initrd = images.folder / "initrd"
     build.busybox_tree(initrd)
-    parts.depmod(tree, kernel.version, images.logs / f"depmod-{suite}.log")
     parts.copy_modules(tree, kernels.INITRD_MODULES, initrd)
     shutil.copy(HERE / "inside/initrd-init", initrd / "init")
     (initrd / "init").chmod(0o755)
@@ -109,14 +109,21 @@ def make_kernel(images: Images) -> None:
 
 
 def choose_modules(kernel: packages.Kernel, target: Path) -> None:
-    """Copies the modules that kernels.py names, uncompressed; what a kernel has built in or lacks is not an error."""
-    source = kernel.modules / "kernel"
-    for folder in kernels.MODULE_FOLDERS:
-        if (source / folder).is_dir():
-            shutil.copytree(source / folder, target / "kernel" / folder, dirs_exist_ok=True)
-    for name in kernels.MODULE_FILES:
-        for file in (source / name).parent.glob(Path(name).name + "*"):
-            (target / "kernel" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target / "kernel" / file.relative_to(source))
-    packages.unpack_modules(target)
+    """Copies the modules that kernels.py names and those they need, uncompressed.
+
+    What a kernel has built in or lacks is not an error: the cell that wants it will say so.
+    """
+    wanted = [*(f"kernel/{folder}/" for folder in kernels.MODULE_FOLDERS), *(f"kernel/{file}" for file in kernels.MODULE_FILES)]
+    for path in chosen((kernel.modules / "modules.dep").read_text(), wanted):
+        parts.copy_module(kernel.modules / path, target / path)
     parts.copy_tables(kernel.modules, target)
+
+
+def chosen(modules_dep: str, beginnings: list[str]) -> list[str]:
+    """Paths in modules.dep's text that begin with one of these, and all they need."""
+    paths: dict[str, None] = {}
+    for line in modules_dep.splitlines():
+        path, _, needs = line.partition(":")
+        if path.startswith(tuple(beginnings)):
+            paths.update(dict.fromkeys([path, *needs.split()]))
+    return list(paths)

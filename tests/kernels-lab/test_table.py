@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import unittest
 from pathlib import Path
 
@@ -11,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import images  # noqa: E402
 import kernels  # noqa: E402
-import packages  # noqa: E402
 import run  # noqa: E402
 import table  # noqa: E402
 
@@ -41,16 +39,11 @@ class Cells(unittest.TestCase):
         self.assertLessEqual(set(run.SHORT_CELLS), set(names))
         self.assertLessEqual(set(run.SHORT_KERNELS), {kernel.name for kernel in kernels.KERNELS})
 
-    def test_modules_are_chosen_compressed_or_not(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder) / "from", Path(folder) / "to"
-            for name in ("kernel/fs/ext4/ext4.ko", "kernel/drivers/net/tun.ko", "kernel/drivers/gpu/other.ko", "modules.order",
-                         "modules.builtin", "modules.builtin.modinfo"):
-                (source / name).parent.mkdir(parents=True, exist_ok=True)
-                (source / name).touch()
-            target.mkdir()
-            images.choose_modules(packages.Kernel("1", source, source), target)
-            self.assertEqual({path.name for path in target.rglob("*.ko")}, {"ext4.ko", "tun.ko"})
+    def test_modules_are_chosen_with_what_they_need(self) -> None:
+        table = ("kernel/fs/nfs/nfsv4.ko.xz: kernel/net/dns/dns.ko.xz kernel/fs/nfs/nfs.ko.xz\nkernel/fs/nfs/nfs.ko.xz:\n"
+                 "kernel/net/dns/dns.ko.xz:\nkernel/drivers/gpu/other.ko.xz:\nkernel/drivers/net/tun.ko:\n")
+        self.assertEqual(images.chosen(table, ["kernel/fs/nfs/", "kernel/drivers/net/tun.ko"]),
+                         ["kernel/fs/nfs/nfsv4.ko.xz", "kernel/net/dns/dns.ko.xz", "kernel/fs/nfs/nfs.ko.xz", "kernel/drivers/net/tun.ko"])
 
 
 if __name__ == "__main__":

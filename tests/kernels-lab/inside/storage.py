@@ -41,6 +41,10 @@ class Storage:
     def flushes(self) -> int:
         return sum(flushes(disk) for disk in self.media)
 
+    def settle(self) -> None:
+        """What file systems below have to write is written."""
+        os.sync()
+
     def freed(self) -> int:
         """Rises when the guest discards."""
         return -self.used() if self.used else sum(discarded(disk) for disk in self.media)
@@ -112,7 +116,7 @@ def nfs(media: Media) -> Storage:
     disk, folder = mounted(media, "mkfs.ext4 -q", "/srv/below")
     sh("mountpoint -q /proc/fs/nfsd || mount -t nfsd nfsd /proc/fs/nfsd; mkdir -p /run/rpc_pipefs /var/lib/nfs/nfsdcld /srv/fs")
     sh("mountpoint -q /run/rpc_pipefs || mount -t rpc_pipefs rpc_pipefs /run/rpc_pipefs; echo 10 > /proc/fs/nfsd/nfsv4gracetime || true")
-    sh("nfsv4.exportd; touch /etc/exports")
+    sh("touch /etc/exports; rpc.mountd -N 3")
     sh(f"exportfs -o rw,no_root_squash,insecure,no_subtree_check,fsid=0 127.0.0.1:{folder}; rpc.nfsd -N 3 4")
     sh("echo Y > /proc/fs/nfsd/v4_end_grace || true")
     sh("mount -t nfs4 -o vers=4.2,port=2049 127.0.0.1:/ /srv/fs")
