@@ -33,7 +33,7 @@ class MachineGone(Exception):
 class Machine:
     """`cells` starts it and gives what it says; `stop` always."""
 
-    def __init__(self, built: images.Images, programs: Path, cells: list[str], slow: float) -> None:
+    def __init__(self, built: images.Images, programs: Path, cells: list[str], slow: float, storage_only: bool = False) -> None:
         self.images, self.slow = built, slow
         self.folder = built.folder / "run"
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -46,7 +46,7 @@ class Machine:
         for name in PROGRAMS:
             # Debug information is most of a binary, and nobody inside reads it.
             subprocess.run(["strip", "-o", payload / "programs" / name, programs / name], check=True)
-        (payload / "plan.json").write_text(json.dumps({"cells": cells, "slow": slow}))
+        (payload / "plan.json").write_text(json.dumps({"cells": cells, "slow": slow, "storage_only": storage_only}))
         build.make_ext4(payload, self.folder / "payload.img", "256M", ["-O", "^has_journal"], built.logs)
 
     def command(self) -> list[str]:

@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--steps", action="store_true", help="show each step of a cell as it begins")
+    parser.add_argument("--storage-only", action="store_true", help="build the storage and do nothing with it: to try the cells themselves")
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release", help="folder of our programs")
     parser.add_argument("--cache", type=Path, default=ROOT / "target/kernels-lab")
@@ -68,7 +69,7 @@ def main() -> int:
     outcomes: table.Outcomes = {}
     for built in images.ensure(wanted.cache, chosen, wanted.update):
         say(f"kernel {built.kernel.name}: {built.release.read_text()}, {len(cells)} cells")
-        outcomes[built.kernel.name] = one_kernel(built, wanted.binary, cells, wanted.slow, wanted.steps)
+        outcomes[built.kernel.name] = one_kernel(built, cells, wanted)
     text = table.markdown({f"{name} ({images.Images(wanted.cache, kernel).release.read_text()})": outcomes[name]
                            for kernel in chosen for name in [kernel.name]}, cells)
     print("\n" + text)
@@ -81,17 +82,17 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def one_kernel(built: images.Images, binary: Path, cells: list[str], slow: float, steps: bool) -> dict[str, dict]:
+def one_kernel(built: images.Images, cells: list[str], wanted: argparse.Namespace) -> dict[str, dict]:
     """Every cell on one kernel, in one boot; what a dead machine has not run stays out."""
     found: dict[str, dict] = {}
-    machine = boot.Machine(built, binary, cells, slow)
+    machine = boot.Machine(built, wanted.binary, cells, wanted.slow, wanted.storage_only)
     try:
         for event in machine.cells():
             if "kernel" in event:
                 say(f"kernel {built.kernel.name}: booted, {event['kernel']}")
                 continue
             if "step" in event:
-                if steps:
+                if wanted.steps:
                     say(f"{built.kernel.name:6} {event['of']}: {event['step']}, after {event['after']} s")
                 continue
             found[event["cell"]] = event

@@ -12,7 +12,7 @@ import nbd
 
 from disk import Disk, compare
 from dom0 import Dom0, Refused
-from storage import GROWN, MIB, KINDS, Storage
+from storage import GROWN, KINDS, MIB, SIZE, Storage
 from system import Failed, Media, becomes, last_words
 
 
@@ -45,6 +45,19 @@ def prepare(storage: Storage) -> bytes:
         file.write(random.Random(7).randbytes(MIB))
         os.fsync(file.fileno())
     return host_bytes(storage)
+
+
+def storage_of(kind: str, media: Media) -> None:
+    """Only what the cell itself does to storage, without our programs: for who works on the cells."""
+    storage = KINDS[kind](media)
+    content = prepare(storage)
+    if len(content) != SIZE:
+        raise Failed(f"{storage.path()} has {len(content)} bytes instead of {SIZE}")
+    storage.flushes()
+    storage.freed()
+    if storage.grow:
+        storage.grow()
+        becomes("it is larger", lambda: len(host_bytes(storage)) == GROWN)
 
 
 def round_of(kind: str, media: Media, folder: Path, report: Report) -> None:
@@ -155,4 +168,4 @@ def grow(dom0: Dom0, guest, disk: Disk, storage: Storage) -> None:
     disk.verify()
 
 
-__all__ = ["Refused", "Report", "round_of"]
+__all__ = ["Refused", "Report", "round_of", "storage_of"]
