@@ -357,6 +357,46 @@ mod tests {
         assert_eq!(storage.continued(), 1, "once is enough");
     }
 
+    /// Files on tmpfs are read and written by the queue's own thread: io_uring's workers would halve the speed. So O_DIRECT
+    /// and O_NONBLOCK have to stay together there.
+    #[test]
+    fn files_on_tmpfs_need_no_workers() {
+        let workers = || {
+            let own = format!("iou-wrk-{}", rustix::thread::gettid());
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+            tasks
+                .filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == own))
+                .count()
+        };
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        file.as_file().write_all_at(&[7; 1 << 16], 0).unwrap();
+        let memory = Rc::new(Mapping::anonymous(1 << 16).unwrap());
+        let transfer = |fd: BorrowedFd<'_>| {
+            let mut storage = UringStorage::new(fd, &[], 4).unwrap();
+            for write in [false, true] {
+                let mut list = IoList::default();
+                list.push(&memory, 0, 1 << 16);
+                if write {
+                    storage.write(0, list, 1)
+                } else {
+                    storage.read(0, list, 1)
+                }
+                done(&mut storage).result.unwrap();
+            }
+            workers()
+        };
+        let image = crate::image::Image::open(file.path(), crate::spec::Access::Write).unwrap();
+        let ours = transfer(image.as_fd());
+        // The counting counts: a file without the flags needs some.
+        if !image.direct || transfer(file.as_file().as_fd()) == 0 {
+            println!(
+                "NOT TESTED: tmpfs without io_uring's workers: this kernel has no direct I/O there, or needs none"
+            );
+            return;
+        }
+        assert_eq!(ours, 0, "io_uring handed an operation on");
+    }
+
     #[test]
     fn what_waits_for_another_try_ends_with_the_queue() {
         let file = tempfile::tempfile().unwrap();
