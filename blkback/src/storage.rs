@@ -377,9 +377,9 @@ mod tests {
                 let mut list = IoList::default();
                 list.push(&memory, 0, 1 << 16);
                 if write {
-                    storage.write(0, list, 1)
+                    storage.write(0, list, 1);
                 } else {
-                    storage.read(0, list, 1)
+                    storage.read(0, list, 1);
                 }
                 done(&mut storage).result.unwrap();
             }
