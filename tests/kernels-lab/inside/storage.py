@@ -229,10 +229,12 @@ def nbd_direct(media: Media) -> Storage:
 
 
 def null_blk(media: Media) -> Storage:
+    before = set(os.listdir("/sys/block"))
     sh("modprobe null_blk nr_devices=0; mount -t configfs configfs /sys/kernel/config 2>/dev/null || true")
-    sh("mkdir /sys/kernel/config/nullb/disk; cd /sys/kernel/config/nullb/disk; echo 4096 > blocksize; echo 8 > size; echo 1 > memory_backed;"
+    sh("mkdir /sys/kernel/config/nullb/lab4k; cd /sys/kernel/config/nullb/lab4k; echo 4096 > blocksize; echo 8 > size; echo 1 > memory_backed;"
        " echo 1 > discard; echo 4 > cache_size; echo 1 > power")
-    name = next(name for name in os.listdir("/sys/block") if name.startswith("nullb"))
+    name = (set(os.listdir("/sys/block")) - before).pop()       # nullb0, or the folder's name on newer kernels
+    becomes("its node", lambda: Path(f"/dev/{name}").exists())
     return Storage(f"/dev/{name}", [name])
 
 
