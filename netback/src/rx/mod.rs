@@ -4,7 +4,7 @@
 //! is looked at, and whatever the guest cannot take is done for it; it is given the pages that the guest has posted;
 //! the copies of all frames of the turn are one batch, and so are the responses.
 //!
-//! A guest that posts too few pages (XSA-392) holds up a frame here, and behind it as many as the [`backlog`] takes;
+//! A guest that posts too few pages (XSA-392) holds up a frame here, and behind it as many as the `backlog` takes;
 //! those that come after that are dropped. After [`DRAIN`] the frame is dropped, and as long as there still are no pages every frame that comes. A guest
 //! that posts nothing for [`STALL`] loses its carrier until it does; one that does not say `feature-rx-notify` never
 //! tells when it has posted, so it is looked at every [`DRAIN_UNTOLD`] and keeps its carrier.
