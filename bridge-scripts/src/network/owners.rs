@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// What was found. Texts are as they were read; [`lease`](super::lease) understands them.
+/// What was found. Texts are as they were read; `lease` understands them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Owners {
     /// NetworkManager's note of each link, by the link's name (nm-config.c, `nm_config_device_state_write`).
