@@ -164,6 +164,9 @@ def grow(dom0: Dom0, guest, disk: Disk, storage: Storage) -> None:
         becomes(f"the guest sees {GROWN >> 20} MiB", larger)
     except Failed as error:
         raise Failed(f"{error}; it sees {disk.size >> 20}; {last_words(dom0.list(guest))}") from None
+    # What is there is not ours to say: zeros, or under dm-crypt what zeros decrypt to. The host compares it in the end.
+    for at in range(SIZE, GROWN, MIB):
+        disk.model[at:at + MIB] = disk.read(at, MIB)
     disk.write(disk.size - 4 * disk.unit, 4 * disk.unit)
     disk.verify()
 
