@@ -34,6 +34,8 @@ class Storage:
     used: Callable[[], int] | None = None
     #: Whether others are kept out (NBD knows no locks).
     locked: bool = True
+    #: Whether a write is on the medium when it is answered, so that a flush has nothing left to do there.
+    stable_writes: bool = False
 
     def path(self) -> Path:
         return Path(self.content or self.target)
@@ -120,7 +122,8 @@ def nfs(media: Media) -> Storage:
     sh(f"exportfs -o rw,no_root_squash,insecure,no_subtree_check,fsid=0 127.0.0.1:{folder}; rpc.nfsd -N 3 4")
     sh("echo Y > /proc/fs/nfsd/v4_end_grace || true")
     sh("mount -t nfs4 -o vers=4.2,port=2049 127.0.0.1:/ /srv/fs")
-    storage = file_in("/srv/fs", [disk])
+    # A direct write that is one request asks the server for FILE_SYNC (FLUSH_COND_STABLE in Linux' fs/nfs/direct.c).
+    storage = file_in("/srv/fs", [disk], stable_writes=True)
     storage.used = lambda: os.stat(f"{folder}/disk.img").st_blocks
     return storage
 
