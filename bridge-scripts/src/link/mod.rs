@@ -121,16 +121,15 @@ impl Link {
         self.find(name)?.ok_or_else(|| Error::NoLink(name.to_owned()))
     }
 
-    /// The index of a link by its name, if there is one.
     /// Whether there is a link of this name.
     ///
     /// # Errors
-    ///
     /// When the kernel cannot be asked.
     pub fn exists(&self, name: &str) -> Result<bool, Error> {
         Ok(self.find(name)?.is_some())
     }
 
+    /// The index of a link by its name, if there is one.
     fn find(&self, name: &str) -> Result<Option<u32>, Error> {
         match rustix::net::netdevice::name_to_index(self.fd(), name) {
             Ok(index) => Ok(Some(index)),
