@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::frames::{GUEST_MAC, PEER_MAC, TCP, ethernet, pattern, plain, pseudo4, pseudo6, sum, tcp4, tcp6, udp4};
@@ -446,6 +447,9 @@ fn the_backend_stops() {
     assert_eq!(machine.domains().iter().map(|domain| domain.mapped).sum::<u32>(), 0);
 }
 
+/// Frames on their way to the guest, at most: fewer bytes than netback keeps for one that is slow, which it would drop.
+const WINDOW: u32 = 64;
+
 /// Both directions at once, from several threads, without a loss.
 #[test]
 fn a_storm_of_frames_both_ways() {
@@ -459,10 +463,17 @@ fn a_storm_of_frames_both_ways() {
         frame
     };
     let ends: HashMap<usize, _> = (0..2).map(|queue| (queue, vif.end_of(queue as u32))).collect();
+    let seen = [const { AtomicU32::new(0) }; 2];
     std::thread::scope(|scope| {
         for (index, queue) in vif.queues.iter_mut().enumerate() {
             let (from, to) = (ends[&index].clone(), ends[&index].clone());
-            scope.spawn(move || (0..frames).for_each(|number| from.send(&numbered(number))));
+            let seen = &seen[index];
+            scope.spawn(move || {
+                for number in 0..frames {
+                    until("the guest has room", || number < seen.load(Ordering::Acquire) + WINDOW);
+                    from.send(&numbered(number));
+                }
+            });
             scope.spawn(move || {
                 let mut wanted = 0;
                 while wanted < frames {
@@ -484,6 +495,7 @@ fn a_storm_of_frames_both_ways() {
                     while queue.rx.receive_bytes(&mut frame).unwrap().is_some() {
                         assert!(frame == numbered(received), "frame {received}");
                         received += 1;
+                        seen.store(received, Ordering::Release);
                     }
                     // The last one must not be among those that had no room.
                     if sent == frames && queue.tx.sent().dropped > 0 && received == frames {
