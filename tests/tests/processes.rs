@@ -16,6 +16,14 @@ fn threads(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count()
 }
 
+/// How many threads of a process are not stopped (proc(5): state T). A signal that stops a process takes its time, and
+/// its threads go on meanwhile.
+fn going_on(pid: u32) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let stats = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap());
+    stats.filter(|stat| !stat.rsplit(')').next().unwrap().starts_with(" T")).count()
+}
+
 /// Polls for a count to come back to what it was.
 fn returns_to(what: &str, expected: usize, count: impl Fn() -> usize) {
     for _ in 0..1000 {
@@ -89,6 +97,7 @@ fn a_server_ends_though_its_store_is_stuck() {
     let mut netback = system_tests::Process::start("netback", ["serve", "--hypervisor", &hypervisor]);
     netback.expect("serving");
     dom0.emu_xen.send(Signal::SIGSTOP);
+    returns_to("threads of the store that go on", 0, || going_on(dom0.emu_xen.pid()));
     for server in [&mut dom0.blkback, &mut netback] {
         server.send(Signal::SIGTERM);
         let status = server.wait();
