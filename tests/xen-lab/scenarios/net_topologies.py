@@ -140,7 +140,8 @@ def vlan_bridges(lab: Lab, guest: Guest) -> None:
 
 def vlan_port(lab: Lab, guest: Guest) -> None:
     # xl 4.17 has no vlan=, 4.19 has; our own attach command has it.
-    lab.step("vlan=10p/20 on an interface (netback attach), VLAN filtering of the bridge")
+    program = "netback" if lab.world.name == "4.17" else "xl"
+    lab.step(f"vlan=10p/20 on an interface ({program}), VLAN filtering of the bridge")
     lab.links.append("xenbr5")
     lab.sh(f"ip link add xenbr5 type bridge vlan_filtering 1 && ip link set {CARD} master xenbr5 && "
            f"bridge vlan add dev {CARD} vid 10 && bridge vlan add dev {CARD} vid 20 && bridge vlan add dev {CARD} vid 30 && "
@@ -148,7 +149,7 @@ def vlan_port(lab: Lab, guest: Guest) -> None:
     for vlan in (10, 20, 30):
         lab.sh(f"ip -n outside link add link wire0 name wire0.{vlan} type vlan id {vlan} && "
                f"ip -n outside address add 10.{vlan}.0.254/24 dev wire0.{vlan} && ip -n outside link set wire0.{vlan} up")
-    attach(lab, guest, "bridge=xenbr5,vlan=10p/20", program="netback")
+    attach(lab, guest, "bridge=xenbr5,vlan=10p/20", program)
     net.give(guest, "eth0", "10.10.0.1/24")
     guest.run("modprobe 8021q\n" + "".join(
         f"ip link add link eth0 name eth0.{vlan} type vlan id {vlan}\nip address add 10.{vlan}.0.1/24 dev eth0.{vlan}\nip link set eth0.{vlan} up\n"
@@ -160,7 +161,7 @@ def vlan_port(lab: Lab, guest: Guest) -> None:
     tags = {net.tag(frame) for frame in net.sniffed(lab) if frame[6:12] == net.mac(guest)}
     assert tags == {10, 20}, f"the guest's frames have the tags {tags} on the wire"
     guest.run("ip link delete eth0.20; ip link delete eth0.30")
-    detach(lab, guest, program="netback")
+    detach(lab, guest, program)
     lab.sh(f"ip link set {CARD} nomaster")
     net.unlink(lab, "xenbr5")
 
