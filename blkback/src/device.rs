@@ -1,13 +1,14 @@
 //! A virtual block device: what the xenbus driver asks of it.
 
 mod hold;
+mod opening;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hypervisor::Backend;
 use xenstore_client::LogGate;
-use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
+use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier, Progress};
 
 use crate::abort::{Abort, Remains};
 use crate::barrier::Barriers;
@@ -16,15 +17,18 @@ use crate::counters::Counters;
 use crate::device_model::DeviceModel;
 use crate::doubt;
 use crate::health::Health;
-use crate::image::{Image, Size};
+use crate::image::Image;
 use crate::inflight;
 use crate::lookout::Lookout;
 use crate::medium::Medium;
 use crate::negotiate::{self, Agreed, FRONTEND_KEYS, Limits};
-use crate::spec::Access;
+use crate::opener::Openers;
 use crate::worker::{Order, Plan, Report, Worker};
 
 use hold::Hold;
+use opening::{Measuring, Opening, Purpose};
+
+pub use opening::{OPENING, say_opening};
 
 /// How this process serves disks.
 #[derive(Debug, Clone, Default)]
@@ -49,12 +53,13 @@ pub struct VbdKind {
     config: Config,
     /// Queues placed so far.
     placed: Arc<Mutex<usize>>,
+    openers: Openers,
 }
 
 impl VbdKind {
     /// Block devices served by `xen`'s domain.
     pub fn new(name: &'static str, xen: Arc<dyn Backend>, config: Config) -> Self {
-        Self { name, xen, config, placed: Arc::default() }
+        Self { name, xen, config, placed: Arc::default(), openers: Openers::default() }
     }
 }
 
@@ -75,6 +80,7 @@ impl Kind for VbdKind {
             xen: Arc::clone(&self.xen),
             config: self.config.clone(),
             placed: Arc::clone(&self.placed),
+            openers: self.openers.clone(),
             notifier,
             medium: None,
             health: Arc::default(),
@@ -82,6 +88,9 @@ impl Kind for VbdKind {
             counters: Vec::new(),
             running: Arc::default(),
             opened_with: None,
+            opening: None,
+            measuring: None,
+            params_meanwhile: None,
             hold: Hold::default(),
             device_model: None,
             lookout: None,
@@ -129,6 +138,7 @@ pub struct Vbd {
     xen: Arc<dyn Backend>,
     config: Config,
     placed: Arc<Mutex<usize>>,
+    openers: Openers,
     notifier: Notifier,
     medium: Option<Medium>,
     health: Arc<Health>,
@@ -137,6 +147,12 @@ pub struct Vbd {
     running: Arc<Mutex<Running>>,
     /// Our directory's keys, as the medium was opened with.
     opened_with: Option<Keys>,
+    /// What is being opened.
+    opening: Option<Opening>,
+    /// The image whose size is being looked at.
+    measuring: Option<Measuring>,
+    /// What `params` became while the disk was opened.
+    params_meanwhile: Option<String>,
     /// How far the disk is this guest's.
     hold: Hold,
     /// Who else may have it until the guest's driver comes.
@@ -233,80 +249,6 @@ impl Vbd {
         running.finish_orders(&self.notifier);
     }
 
-    /// The file or device may have grown.
-    fn resize(&self) {
-        let Some(medium) = &self.medium else { return };
-        let image = &medium.image;
-        let has = image.sectors();
-        let said = match image.measure() {
-            Size::Same if image.remote().is_some() => format!(
-                "EOPNOTSUPP an NBD server says how large its export is when it is attached: the guest keeps its {has} \
-                 sectors; detach it and attach it again for another size"
-            ),
-            Size::Same => has.to_string(),
-            Size::Grown(sectors) => {
-                tracing::info!(device = %self.id.backend_path, sectors, "the disk has grown");
-                let keys = vec![("sectors".to_owned(), sectors.to_string())];
-                self.order(&Order::Shape(medium.shape(&self.config.limits)), keys);
-                sectors.to_string()
-            }
-            Size::Shrunk(sectors) => format!(
-                "EFBIG the storage has {sectors} sectors now: the guest keeps its {has} sectors, and gets errors where \
-                 nothing is; grow it again"
-            ),
-            Size::Unknown(errno) => {
-                let error = std::io::Error::from_raw_os_error(errno);
-                format!("EIO the size of the storage cannot be found out ({error}): the guest keeps its {has} sectors")
-            }
-        };
-        if said.parse::<u64>().is_err() {
-            tracing::warn!(device = %self.id.backend_path, image = %image.path().display(), "{said}");
-        }
-        self.notifier.tell(RESIZE_STATUS, Some(said));
-    }
-
-    /// Opens what `keys` name, unless a flush of it has failed.
-    fn open_medium(&self, keys: &Keys) -> Result<Medium, Fault> {
-        self.trust(Medium::open(keys)?)
-    }
-
-    /// A medium, unless a flush of it has failed.
-    fn trust(&self, medium: Medium) -> Result<Medium, Fault> {
-        if !medium.kind.read_only {
-            let store = self.xen.store().map_err(|error| Fault::host(libc::EIO, error.to_string()))?;
-            let access = Access::Write;
-            doubt::check(&store, self.xen.domid(), medium.image.path(), access)
-                .map_err(|text| Fault::host(libc::EIO, text))?;
-        }
-        Ok(medium)
-    }
-
-    /// Another disk is put into the drive, or none.
-    fn change_medium(&mut self, params: &str) {
-        let (Some(old), Some(keys)) = (&self.medium, &self.opened_with) else { return };
-        if !(old.kind.cdrom || old.kind.removable) {
-            let text =
-                "EINVAL only a drive's disk can be changed (device-type cdrom, or removable); this is a fixed disk";
-            self.notifier.tell(MEDIUM_STATUS, Some(text.to_owned()));
-            return;
-        }
-        let mut keys = keys.clone();
-        keys.insert(PARAMS, params);
-        // The hotplug program's, of the disk that goes.
-        keys.insert("physical-device-path", "");
-        match self.open_medium(&keys) {
-            Ok(medium) => {
-                tracing::info!(device = %self.id.backend_path, image = params, "the disk in the drive was changed");
-                let order = Order::Disk(Arc::clone(&medium.image), medium.shape(&self.config.limits));
-                self.order(&order, medium.describe(&self.config.limits));
-                (self.medium, self.opened_with) = (Some(medium), Some(keys));
-                (self.hold, self.lookout) = (Hold::Whole, None);
-                self.say_medium();
-            }
-            Err(fault) => self.notifier.tell(MEDIUM_STATUS, Some(fault.text)),
-        }
-    }
-
     /// Whether this is what `params` said when the disk was opened.
     fn is_opened_with(&self, params: Option<&str>) -> bool {
         self.opened_with.as_ref().is_some_and(|keys| keys.get(PARAMS) == params)
@@ -397,33 +339,19 @@ impl Device for Vbd {
         Ok(negotiate::offer(&self.config.limits))
     }
 
-    fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
-        let medium = self.open_or_await(backend)?;
-        let image = &medium.image;
-        tracing::info!(
-            device = %self.id.backend_path,
-            image = %image.path().display(),
-            sectors = image.sectors(),
-            direct = image.direct,
-            unit = image.unit,
-            discard = medium.kind.discard,
-            "opened"
-        );
-        for note in &image.notes {
-            tracing::warn!(device = %self.id.backend_path, image = %image.path().display(), "{note}");
-        }
-        let keys = medium.describe(&self.config.limits);
-        self.opened_with = Some(backend.clone());
-        self.medium = Some(medium);
-        self.look_for_unplug(false)?;
-        Ok(keys)
+    fn open(&mut self, backend: &Keys) -> Result<Progress<Vec<(String, String)>>, Fault> {
+        self.begin_opening(Purpose::Attach, backend.clone()).map(|()| Progress::Later)
+    }
+
+    fn answered(&mut self) -> Option<Result<Vec<(String, String)>, Fault>> {
+        self.opener_answered()
     }
 
     /// A killed predecessor's disk is not served on: its guest may have got errors, and whoever wanted the image meanwhile
     /// could have it. It is opened when the guest comes back.
-    fn reopen(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
+    fn reopen(&mut self, backend: &Keys) -> Result<Progress<Vec<(String, String)>>, Fault> {
         self.opened_with = Some(backend.clone());
-        Ok(Vec::new())
+        Ok(Progress::Done(Vec::new()))
     }
 
     fn reattach(&mut self, frontend: &Keys) -> Result<(), Fault> {
@@ -453,11 +381,14 @@ impl Device for Vbd {
     }
 
     fn may_connect(&mut self) -> Result<bool, Fault> {
-        // After `reopen`: connect publishes what open says.
+        // After `reopen`: connect publishes what an opener finds.
         if self.medium.is_none()
             && let Some(keys) = self.opened_with.clone()
         {
-            self.open(&keys)?;
+            if !self.is_opening(&Purpose::Return) {
+                self.begin_opening(Purpose::Return, keys)?;
+            }
+            return Ok(false);
         }
         self.may_use()
     }
@@ -507,7 +438,15 @@ impl Device for Vbd {
             RESIZE if value.is_some() => self.resize(),
             PARAMS => match &self.opened_with {
                 // The directory's first contents come this way too, and so does who asks for what is there already.
-                Some(keys) if keys.get(PARAMS) == value => self.say_medium(),
+                Some(keys) if keys.get(PARAMS) == value => {
+                    if self.is_opening(&Purpose::Change) {
+                        self.give_up_opening();
+                    }
+                    self.say_medium();
+                }
+                _ if self.opening.is_some() && !self.is_opening(&Purpose::Change) => {
+                    self.params_meanwhile = value.map(str::to_owned);
+                }
                 Some(_) => self.change_medium(value.unwrap_or_default()),
                 None => {}
             },
@@ -529,7 +468,7 @@ impl Device for Vbd {
         self.workers.iter().for_each(Worker::stop);
     }
 
-    fn release(&mut self) {
+    fn release(&mut self) -> Progress<()> {
         if !self.workers.is_empty() {
             self.log_totals();
         }
@@ -537,7 +476,13 @@ impl Device for Vbd {
         self.abort = None;
         self.lookout = None;
         self.running.lock().unwrap_or_else(PoisonError::into_inner).yields = None;
-        self.medium = None;
         self.hold = Hold::default();
+        self.give_up_opening();
+        (self.measuring, self.params_meanwhile) = (None, None);
+        let notifier = self.notifier.clone();
+        match self.medium.take() {
+            Some(medium) => self.close(medium, move || notifier.released()),
+            None => Progress::Done(()),
+        }
     }
 }

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use xenstore_client::{Client, DomId, Result, Store};
 
+use crate::host_users::{HostUser, Target, processes};
 use crate::image;
-use crate::openers::{Opener, Target, processes};
 use crate::spec::Access;
 
 /// The device model of a domain, whether it runs already or not.
@@ -62,11 +62,11 @@ impl DeviceModel {
 
     /// Its process, if that has `target` open, with or without locks on it: while the guest is saved, or has just
     /// arrived, QEMU keeps an image open that it has let go of and will lock again (bdrv_inactivate_all).
-    pub fn opener(&self, target: Target) -> Option<Opener> {
+    pub fn user(&self, target: Target) -> Option<HostUser> {
         // Written by the toolstack where the guest can only read.
         match self.store.read_opt(&format!("{}/image/device-model-pid", self.guest.home())) {
-            Ok(Some(pid)) => pid.trim().parse().ok().and_then(|pid| target.opener(pid)),
-            _ => self.processes().find_map(|pid| target.opener(pid)),
+            Ok(Some(pid)) => pid.trim().parse().ok().and_then(|pid| target.user(pid)),
+            _ => self.processes().find_map(|pid| target.user(pid)),
         }
     }
 
@@ -123,9 +123,9 @@ mod tests {
         let model = DeviceModel::of(&store, DomId(7));
         let file = tempfile::NamedTempFile::new().unwrap();
         let target = Target::of(&file.as_file().metadata().unwrap());
-        assert_eq!(model.opener(target), None);
+        assert_eq!(model.user(target), None);
         store.write("/local/domain/7/image/device-model-pid", &std::process::id().to_string()).unwrap();
-        assert_eq!(model.opener(target).map(|opener| opener.pid), Some(std::process::id()));
+        assert_eq!(model.user(target).map(|user| user.pid), Some(std::process::id()));
         store.write("/local/domain/7/hvmloader/bios", "ovmf").unwrap();
         assert!(model.boots_by_uefi().unwrap());
     }

@@ -50,6 +50,14 @@ pub fn note(store: &Client, backend: DomId, identity: &str, image: &Path, reason
 /// What went wrong and what to do, as a sentence; or that XenStore refuses.
 pub fn check(store: &Client, backend: DomId, image: &Path, access: Access) -> std::result::Result<(), String> {
     let Some(identity) = identity_at(image).filter(|_| access != Access::ReadOnly) else { return Ok(()) };
+    check_writable(store, backend, image, &identity)
+}
+
+/// The same for a disk that is open for writing, without a look at its storage.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_writable(store: &Client, backend: DomId, image: &Path, identity: &str) -> std::result::Result<(), String> {
     let reason = store.read_opt(&format!("{}/{identity}/reason", folder(backend)));
     match reason.map_err(|error| error.to_string())? {
         None => Ok(()),

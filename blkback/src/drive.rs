@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 use xenstore_client::{Client, DomId, Store};
 
 use crate::device::{KINDS, MEDIUM_STATUS, RESIZE, RESIZE_STATUS};
-use crate::doubt;
 use crate::hotplug;
-use crate::image::Image;
 use crate::nbd::Export;
 use crate::spec::written_here;
+use crate::takeover;
 use crate::toolstack::Error;
 use crate::vdev::Vdev;
 
@@ -104,8 +103,8 @@ pub fn change(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, targe
     };
     if target.is_some() {
         let access = hotplug::access(&key("mode")?.unwrap_or_default(), key("device-type")?.as_deref());
-        Image::check(Path::new(&absolute), access).map_err(|error| Error::Refused(error.to_string()))?;
-        doubt::check(store, backend, Path::new(&absolute), access).map_err(Error::Refused)?;
+        takeover::look(store, backend, None, Path::new(&absolute), access)?
+            .map_err(|refusal| Error::Refused(refusal.to_string()))?;
     }
     store.transaction(|tx| {
         tx.rm_if_exists(&format!("{path}/{MEDIUM_STATUS}"))?;

@@ -10,11 +10,9 @@ use std::path::{Path, PathBuf};
 use xenstore_client::{Client, DomId, Store};
 
 use crate::device_model::DeviceModel;
-use crate::doubt;
-use crate::image::{Image, Problem};
 use crate::nbd::Export;
 use crate::spec::{Access, written_here};
-use crate::takeover;
+use crate::takeover::{self, Refusal};
 
 /// What libxl wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -96,22 +94,17 @@ fn add(store: &Client, xenbus_path: &str) -> Result<(), Failure> {
     // The backend opens it when it sees hotplug-status. What is wrong with it is known here, where xl can still show
     // it.
     let frontend = store.read_opt(&format!("{xenbus_path}/frontend-id"))?.and_then(|id| id.parse().ok());
-    let checked = match frontend {
-        Some(frontend) => takeover::check(store, frontend, &path, access)?,
-        None => Image::check(&path, access),
-    };
-    let device = checked.map_err(|error| {
-        let status = if matches!(error.problem, Problem::InUse(_) | Problem::Locked(_)) { "busy" } else { "error" };
-        Failure { text: error.to_string(), status }
-    })?;
     let backend = backend_of(store, xenbus_path)?;
+    let device = takeover::look(store, backend, frontend, &path, access)?.map_err(|refusal| {
+        let busy = matches!(&refusal, Refusal::Image(error) if error.is_in_use());
+        Failure { text: refusal.to_string(), status: if busy { "busy" } else { "error" } }
+    })?;
     if let Some(frontend) = frontend
         && DeviceModel::expected(store, backend, frontend, access, &path)?.is_some()
     {
         let folder = xenbus_path.rsplitn(4, '/').nth(3).unwrap_or("backend");
         takeover::make_way(store, folder, frontend, &path)?.map_err(|text| Failure { text, status: "busy" })?;
     }
-    doubt::check(store, backend, &path, access).map_err(|text| Failure { text, status: "error" })?;
     let path = path.into_os_string().into_string();
     let path = path.map_err(|_| Failure { text: format!("{params}: not UTF-8"), status: "error" })?;
     store.transaction(|tx| {
@@ -144,6 +137,8 @@ fn backend_of(store: &Client, xenbus_path: &str) -> Result<DomId, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::doubt;
+    use crate::image::Image;
 
     #[test]
     fn the_mode_key() {

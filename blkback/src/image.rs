@@ -28,10 +28,10 @@ use crate::abi::SECTOR;
 use crate::device_model::DeviceModel;
 use crate::doubt;
 use crate::erase::{self, Erase};
+use crate::host_users::Target;
 use crate::lock;
 use crate::nbd::protocol::{NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_TRIM};
 use crate::nbd::{Client, Export, link::Link};
-use crate::openers::Target;
 use crate::spec::Access;
 
 /// An open disk image, claimed for as long as it lives.
@@ -40,6 +40,7 @@ pub struct Image {
     file: File,
     path: PathBuf,
     identity: String,
+    target: Target,
     /// Files under a loop device, claimed along with it.
     _under: Vec<File>,
     /// The server, if the image is not on this machine.
@@ -125,11 +126,8 @@ impl Image {
     }
 
     /// What it is, for finding out who has it open.
-    ///
-    /// # Errors
-    /// When the kernel does not say.
-    pub fn target(&self) -> io::Result<Target> {
-        self.file.metadata().map(|metadata| Target::of(&metadata))
+    pub fn target(&self) -> Target {
+        self.target
     }
 
     /// Whether [`open`](Self::open) would succeed, if need be after the last writes of a process that was killed. Returns
@@ -209,6 +207,7 @@ impl Image {
         let mut image = Self {
             path: path.to_owned(),
             identity: doubt::identity_of(metadata),
+            target: Target::of(metadata),
             sectors: AtomicU64::new(bytes / SECTOR),
             found: Mutex::default(),
             sector_size: SECTOR as u32,
@@ -323,9 +322,10 @@ impl Image {
     /// # Errors
     /// When the machine is out of descriptors.
     pub fn none() -> io::Result<Self> {
-        let file = rustix::fs::memfd_create("no-medium", rustix::fs::MemfdFlags::CLOEXEC)?;
+        let file = File::from(rustix::fs::memfd_create("no-medium", rustix::fs::MemfdFlags::CLOEXEC)?);
         Ok(Self {
-            file: file.into(),
+            target: Target::of(&file.metadata()?),
+            file,
             path: PathBuf::new(),
             identity: "none".to_owned(),
             _under: Vec::new(),
@@ -367,7 +367,7 @@ impl AsFd for Image {
 }
 
 fn has_open(device_model: &DeviceModel, file: &File) -> bool {
-    file.metadata().is_ok_and(|metadata| device_model.opener(Target::of(&metadata)).is_some())
+    file.metadata().is_ok_and(|metadata| device_model.user(Target::of(&metadata)).is_some())
 }
 
 /// The NBD export that a path stands for; `None` if it is a path.

@@ -28,6 +28,7 @@ pub mod erase;
 pub mod front;
 pub mod grants;
 pub mod health;
+pub mod host_users;
 pub mod hotplug;
 pub mod image;
 pub mod inflight;
@@ -37,7 +38,8 @@ pub mod medium;
 pub mod nbd;
 pub mod negotiate;
 pub mod neighbours;
-pub mod openers;
+
+pub mod opener;
 pub mod queue;
 pub mod request;
 pub mod spec;

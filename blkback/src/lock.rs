@@ -9,7 +9,7 @@ use std::fs::File;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-use crate::openers;
+use crate::host_users;
 use crate::spec::Access;
 
 const HOLDS: i64 = 100;
@@ -114,7 +114,7 @@ pub fn check_part(file: &File, access: Access) -> Result<(), String> {
 
 /// Whether some process other than this still has the file open, or this one has it open twice.
 pub fn has_live_holder(file: &File) -> bool {
-    !openers::of(file).is_empty()
+    !host_users::of(file).is_empty()
 }
 
 /// Whether [`claim`] would succeed now, without taking anything: a claim made only to look would be in the way of
@@ -163,7 +163,7 @@ fn refusal(file: &File, access: Access, error: nix::errno::Errno) -> String {
         Access::Write => "written alone (w)",
         Access::SharedWrite => "written together with others (w!)",
     };
-    let holders: Vec<_> = openers::of(file).iter().map(ToString::to_string).collect();
+    let holders: Vec<_> = host_users::of(file).iter().map(ToString::to_string).collect();
     let who = if holders.is_empty() { "another process".to_owned() } else { holders.join(", ") };
     format!("cannot be {wish}: {who} has it open in a way that forbids it; detach it there first")
 }

@@ -13,14 +13,57 @@ use std::time::{Duration, Instant};
 use xenstore_client::{Client, DomId, Result, Store};
 
 use crate::device::{KINDS, YIELD, YIELDED};
+use crate::doubt;
+use crate::host_users::Target;
 use crate::image::{self, Image, ImageError, Problem};
-use crate::openers::Target;
+use crate::opener::{self, Hung};
 use crate::spec::Access;
 
 /// How long a disk may take to be free whose last device has just gone: the backend hears of that by XenStore.
 const MOMENT: Duration = Duration::from_millis(500);
 /// What xl adds to the name of a domain that is arriving.
 const INCOMING: &str = "--incoming";
+
+/// Why a disk cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// What is wrong with it.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Its storage does not answer.
+    #[error(transparent)]
+    Hung(#[from] Hung),
+    /// A flush of it has failed.
+    #[error("{0}")]
+    InDoubt(String),
+}
+
+/// Looks whether a disk can be had, as a command does that has to end: see [`check`] and [`doubt::check`]. `frontend` is the
+/// domain that it is for, if that is known. Returns the device number of a block device.
+///
+/// # Errors
+/// When XenStore refuses. The inner error: why the disk cannot be had.
+pub fn look(
+    store: &Client,
+    backend: DomId,
+    frontend: Option<DomId>,
+    image: &Path,
+    access: Access,
+) -> Result<std::result::Result<Option<(u32, u32)>, Refusal>> {
+    let (store, path) = (store.clone(), image.to_owned());
+    let looked = opener::ask(image, opener::PATIENCE, move || {
+        let checked = match frontend {
+            Some(frontend) => check(&store, frontend, &path, access)?,
+            None => Image::check(&path, access),
+        };
+        Ok(match (checked, doubt::check(&store, backend, &path, access)) {
+            (Ok(device), Ok(())) => Ok(device),
+            (Ok(_), Err(text)) => Err(Refusal::InDoubt(text)),
+            (Err(error), _) => Err(error.into()),
+        })
+    });
+    looked.unwrap_or_else(|hung| Ok(Err(hung.into())))
+}
 
 /// Whether `frontend` can be given a disk, now or ([`may_wait`]) when it is let go of. Returns the device number of a block
 /// device, or what is wrong with the disk.
@@ -51,7 +94,7 @@ type Checked = std::result::Result<Option<(u32, u32)>, ImageError>;
 /// # Errors
 /// When XenStore refuses.
 pub fn may_wait(store: &Client, frontend: DomId, error: &ImageError) -> Result<bool> {
-    Ok(matches!(error.problem, Problem::Locked(_)) && is_arriving(store, frontend)?)
+    Ok(error.is_locked() && is_arriving(store, frontend)?)
 }
 
 /// Whether a domain is arriving: xl calls it so, or it has the identity (`vm`) of another domain of this machine.

@@ -2,13 +2,12 @@
 //! (tools/libs/light/libxl_disk.c). On real Xen `xl` does this; on the emulated machine nobody else would.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use xenstore_client::xenbus::{State, toolstack};
 use xenstore_client::{Client, DomId, Store};
 
-use crate::device::{KINDS, ON_HOLD, RESIZE_STATUS};
-use crate::doubt;
+use crate::device::{KINDS, ON_HOLD, OPENING, RESIZE_STATUS, say_opening};
 use crate::hotplug;
 use crate::medium::SECTOR_SIZE;
 use crate::spec::{Access, DiskSpec, Format, TargetKind, written_here};
@@ -52,9 +51,8 @@ pub fn attach(
     }
     let path = target(spec, backend)?;
     // Looked at before anything is written: whoever types the command is to see what is wrong, not only the log.
-    let checked = takeover::check(store, frontend, Path::new(&path), spec.access)?;
-    checked.map_err(|error| Error::Refused(error.to_string()))?;
-    doubt::check(store, backend, Path::new(&path), spec.access).map_err(Error::Refused)?;
+    takeover::look(store, backend, Some(frontend), Path::new(&path), spec.access)?
+        .map_err(|refusal| Error::Refused(refusal.to_string()))?;
     let device = device(backend, frontend, spec.vdev);
     if store.read_opt(&format!("{}/state", device.backend_path()))?.is_some() {
         return refused(format!("domain {frontend} has a disk {} already; detach it first", spec.vdev.name()));
@@ -142,7 +140,11 @@ fn wait_open(store: &Client, backend: &str) -> Result<(), Error> {
         }
         let left = toolstack::INIT_TIMEOUT.saturating_sub(began.elapsed());
         if left.is_zero() {
-            return refused("the backend did not open the disk in time; see its log");
+            let opening = store.read_opt(&format!("{backend}/{OPENING}"))?;
+            let said = opening.and_then(|opening| say_opening(&opening, SystemTime::now()));
+            return refused(
+                said.unwrap_or_else(|| "the backend did not open the disk in time; see its log".to_owned()),
+            );
         }
         watcher.wait(left)?;
     }
@@ -191,7 +193,8 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
     match toolstack::remove_device(store, &device, toolstack::DESTROY_TIMEOUT, force, || Ok(())) {
         Ok(()) => Ok(()),
         Err(xenstore_client::Error::Timeout { .. }) => refused(format!(
-            "the guest did not let go of {} within {} s (mounted there?); --force takes it away",
+            "{0} is not let go of after {1} s: the guest has it mounted, or its storage does not answer. It was asked to, and \
+             lets go when it can: run this again then. --force takes it away now",
             vdev.name(),
             toolstack::DESTROY_TIMEOUT.as_secs()
         )),
@@ -199,8 +202,9 @@ pub fn detach(store: &Client, backend: DomId, frontend: DomId, vdev: Vdev, force
     }
 }
 
-/// A domain's disks, in the columns of `xl block-list`; a disk that failed, whose writes wait for room, or whose storage
-/// has lost its size, has a line that says so below it. So has one that its guest uses and nobody serves: `unserved` is
+/// A domain's disks, in the columns of `xl block-list`; a disk that failed, whose writes wait for room, whose storage does
+/// not answer or has lost its size, or that was let go of after its detachment was given up, has a line that says so below
+/// it. So has one that its guest uses and nobody serves: `unserved` is
 /// the backend domain that has no server, if that is so.
 ///
 /// # Errors
@@ -226,11 +230,19 @@ pub fn list(store: &Client, frontend: DomId, unserved: Option<DomId>) -> Result<
         if unserved.is_some_and(|domid| is_served_by_nobody(&backend, domid)) && is_connected(store, &backend)? {
             let _ = writeln!(text, "      {}: {NO_SERVER}", Vdev::from_number(number).name());
         }
+        let name = Vdev::from_number(number).name();
+        let opening = store.read_opt(&format!("{backend}/{OPENING}"))?;
+        if let Some(said) = opening.and_then(|opening| say_opening(&opening, SystemTime::now())) {
+            let _ = writeln!(text, "      {name}: {said}");
+        }
+        if is_let_go(store, &backend)? {
+            let _ = writeln!(text, "      {name}: {LET_GO}");
+        }
         for key in ["error", ON_HOLD, RESIZE_STATUS] {
             // A number is the size of a disk with which all is well.
             let said = store.read_opt(&format!("{backend}/{key}"))?.filter(|said| said.parse::<u64>().is_err());
             if let Some(said) = said {
-                let _ = writeln!(text, "      {}: {said}", Vdev::from_number(number).name());
+                let _ = writeln!(text, "      {name}: {said}");
             }
         }
     }
@@ -240,6 +252,16 @@ pub fn list(store: &Client, frontend: DomId, unserved: Option<DomId>) -> Result<
 /// What `list` says of a disk in state 4 without a server.
 const NO_SERVER: &str = "no server: blkback was killed, or stopped without an end, while the guest used this disk, and the \
                          guest waits; start it again (blkback serve): the disk then ends with I/O errors in the guest";
+
+/// What `list` says of a disk whose detachment was given up before the guest, or the storage, let go of it.
+const LET_GO: &str = "let go of by the guest: detach it (again) to clear it away";
+
+/// Whether a disk was asked to go, and has.
+fn is_let_go(store: &Client, backend: &str) -> Result<bool, Error> {
+    let state = store.read_opt(&format!("{backend}/state"))?;
+    let online = store.read_opt(&format!("{backend}/online"))?;
+    Ok(state.as_deref().and_then(State::parse) == Some(State::Closed) && online.as_deref() == Some("0"))
+}
 
 /// Whether a backend's directory is one of ours, below `domid`.
 fn is_served_by_nobody(backend: &str, domid: DomId) -> bool {

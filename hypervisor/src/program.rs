@@ -178,7 +178,7 @@ where
 mod tests {
     use xenstore_client::Store;
     use xenstore_client::server::Server;
-    use xenstore_client::xenbus::{DeviceId, Fault, Keys, Notifier};
+    use xenstore_client::xenbus::{DeviceId, Fault, Keys, Notifier, Progress};
 
     use super::*;
 
@@ -207,14 +207,16 @@ mod tests {
         fn features(&mut self) -> Result<Vec<(String, String)>, Fault> {
             Ok(Vec::new())
         }
-        fn open(&mut self, _: &Keys) -> Result<Vec<(String, String)>, Fault> {
-            Ok(Vec::new())
+        fn open(&mut self, _: &Keys) -> Result<Progress<Vec<(String, String)>>, Fault> {
+            Ok(Progress::Done(Vec::new()))
         }
         fn connect(&mut self, _: &Keys) -> Result<Vec<(String, String)>, Fault> {
             Ok(Vec::new())
         }
         fn disconnect(&mut self) {}
-        fn release(&mut self) {}
+        fn release(&mut self) -> Progress<()> {
+            Progress::Done(())
+        }
     }
 
     /// A server whose control thread is gone must not stay, well to look at and dead to its guests.

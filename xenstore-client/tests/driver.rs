@@ -8,7 +8,7 @@ use xenstore_client::server::Server;
 use xenstore_client::xenbus::toolstack::{
     DESTROY_TIMEOUT, DeviceAddress, INIT_TIMEOUT, add_device, create_domain, destroy_domain, remove_device, wait_state,
 };
-use xenstore_client::xenbus::{Device, DeviceId, Driver, Fault, Keys, Kind, Notifier, State, StopHandle};
+use xenstore_client::xenbus::{Device, DeviceId, Driver, Fault, Keys, Kind, Notifier, Progress, State, StopHandle};
 use xenstore_client::{Client, DomId, Error, Result, Store};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -21,6 +21,10 @@ const VBD: DeviceAddress<'static> =
 struct Script {
     log: Vec<String>,
     fail_open: bool,
+    /// Open and release later: when the test says so.
+    slow: bool,
+    /// The storage has answered.
+    answer: bool,
     /// Do not answer `disconnect`: I/O is in flight.
     hold: bool,
     adopts: bool,
@@ -84,15 +88,31 @@ impl Device for FakeDevice {
         Ok(vec![("feature-test".into(), "1".into())])
     }
 
-    fn open(&mut self, backend: &Keys) -> std::result::Result<Vec<(String, String)>, Fault> {
+    fn open(&mut self, backend: &Keys) -> std::result::Result<Progress<Vec<(String, String)>>, Fault> {
         assert!(!self.open);
         assert_eq!(backend.get("hotplug-status"), Some("connected"));
         if self.fake.script().fail_open {
             return Err(Fault::host(2, "no such image"));
         }
+        if self.fake.script().slow {
+            self.fake.say("opening");
+            return Ok(Progress::Later);
+        }
         self.open = true;
         self.fake.say("open");
-        Ok(vec![("sectors".into(), "8".into())])
+        Ok(Progress::Done(vec![("sectors".into(), "8".into())]))
+    }
+
+    fn answered(&mut self) -> Option<std::result::Result<Vec<(String, String)>, Fault>> {
+        if !std::mem::take(&mut self.fake.script().answer) {
+            return None;
+        }
+        if self.fake.script().fail_open {
+            return Some(Err(Fault::host(2, "no such image")));
+        }
+        self.open = true;
+        self.fake.say("open");
+        Some(Ok(vec![("sectors".into(), "8".into())]))
     }
 
     fn connect(&mut self, frontend: &Keys) -> std::result::Result<Vec<(String, String)>, Fault> {
@@ -144,9 +164,10 @@ impl Device for FakeDevice {
         }
     }
 
-    fn release(&mut self) {
+    fn release(&mut self) -> Progress<()> {
         assert!(!self.mapped);
         self.fake.say("release");
+        if self.fake.script().slow && self.open { Progress::Later } else { Progress::Done(()) }
     }
 }
 
@@ -449,6 +470,71 @@ fn an_image_that_does_not_open() -> Result<()> {
     }
     bench.back(State::InitWait);
     bench.fake.until("create:image open");
+    bench.finish()
+}
+
+/// Storage that hangs while it is opened or closed: its own device waits, and goes when it is told to.
+#[test]
+fn storage_that_answers_late() -> Result<()> {
+    let mut bench = Bench::new()?;
+    bench.fake.script().slow = true;
+    let notifier = || bench.fake.script().notifier.clone().expect("a device");
+    let answer = || {
+        bench.fake.script().answer = true;
+        notifier().answered();
+    };
+    let begin = || -> Result<()> {
+        bench.fake.script().log.clear();
+        bench.add()?;
+        bench.back(State::InitWait);
+        bench.hotplug()?;
+        bench.fake.until("create:image opening");
+        Ok(())
+    };
+
+    begin()?;
+    bench.ready()?;
+    notifier().answered();
+    assert_eq!(bench.backend("state").as_deref(), Some("2"));
+    answer();
+    bench.back(State::Connected);
+    bench.fake.until("create:image opening open connect request=None");
+    bench.front("6");
+    bench.back(State::Closed);
+    remove_device(&bench.dom0, &VBD, LONG, false, || Ok(()))?;
+    bench.fake.until("create:image opening open connect request=None disconnect release");
+    begin()?;
+    answer();
+    bench.fake.until("create:image opening open");
+    // Whoever sees the 6 of a disk that was taken away may have the medium: it comes when that is closed.
+    let removed = remove_device(&bench.dom0, &VBD, Duration::from_millis(50), false, || Ok(()));
+    assert!(matches!(removed, Err(Error::Timeout { .. })), "6 before the medium is closed");
+    notifier().released();
+    remove_device(&bench.dom0, &VBD, LONG, false, || Ok(()))?;
+
+    // Taken away while it is opened: at once, and the late answer is nobody's.
+    begin()?;
+    remove_device(&bench.dom0, &VBD, LONG, false, || Ok(()))?;
+    bench.fake.until("create:image opening release");
+    let late = notifier();
+    begin()?;
+    late.answered();
+    answer();
+    bench.fake.until("create:image opening open");
+    destroy_domain(&bench.dom0, GUEST, &[DomId::DOM0])?;
+    bench.fake.until("create:image opening open release");
+    create_domain(&bench.dom0, GUEST, "guest")?;
+
+    // A failure that comes late, and a stop while the next one is opened.
+    begin()?;
+    bench.fake.script().fail_open = true;
+    answer();
+    bench.back(State::Closed);
+    assert!(bench.error().is_some_and(|error| error.contains("no such image")));
+    bench.fake.script().fail_open = false;
+    remove_device(&bench.dom0, &VBD, LONG, false, || Ok(()))?;
+    bench.fake.until("create:image opening release");
+    begin()?;
     bench.finish()
 }
 

@@ -6,17 +6,17 @@
 
 use std::sync::PoisonError;
 
-use xenstore_client::xenbus::{Fault, Keys};
+use xenstore_client::xenbus::Fault;
 use xenstore_client::{Client, DomId, Store};
 
-use super::{NOT_YET, ON_HOLD, RESIZE_STATUS, TAKEOVER, Vbd, YIELD, YIELDED};
+use super::opening::Purpose;
+use super::{ON_HOLD, RESIZE_STATUS, TAKEOVER, Vbd, YIELD, YIELDED};
 use crate::device_model::DeviceModel;
-use crate::image::{Image, ImageError, Problem};
+use crate::host_users::HostUser;
+use crate::image::Image;
 use crate::lookout::Lookout;
-use crate::medium::{self, Medium, image_fault};
-use crate::openers::Opener;
-use crate::spec::Access;
-use crate::takeover;
+use crate::medium::{Medium, image_fault};
+use crate::opener::Request;
 use crate::worker::Order;
 
 /// How far a disk is its guest's.
@@ -35,21 +35,17 @@ pub(super) enum Hold {
 
 const MOVING: &str = "EBUSY this guest moves to another domain, which has the disk: nothing is read or written here";
 
-fn host(error: impl std::fmt::Display) -> Fault {
+pub(super) fn host(error: impl std::fmt::Display) -> Fault {
     Fault::host(libc::EIO, error.to_string())
 }
 
-fn is_locked(checked: &Result<Option<(u32, u32)>, ImageError>) -> bool {
-    matches!(checked, Err(ImageError { problem: Problem::Locked(_), .. }))
-}
-
 impl Vbd {
-    fn store(&self) -> Result<Client, Fault> {
+    pub(super) fn store(&self) -> Result<Client, Fault> {
         self.xen.store().map_err(host)
     }
 
     /// Has [`look_again`](Self::look_again) called when `has_come` says so.
-    fn look_out(&mut self, has_come: impl FnMut() -> bool + Send + 'static) -> Result<(), Fault> {
+    pub(super) fn look_out(&mut self, has_come: impl FnMut() -> bool + Send + 'static) -> Result<(), Fault> {
         self.look_out_for(false, has_come)
     }
 
@@ -63,47 +59,6 @@ impl Vbd {
         Ok(())
     }
 
-    /// Opens the disk: claimed; or reserved, if the guest's device model may have it; or foreseen, if the guest's former
-    /// self still has it.
-    pub(super) fn open_or_await(&mut self, keys: &Keys) -> Result<Medium, Fault> {
-        self.lookout = None;
-        let (access, path, store) = (medium::access(keys)?, medium::target(keys), self.store()?);
-        self.device_model = match &path {
-            Some(path) => {
-                DeviceModel::expected(&store, self.xen.domid(), self.id.frontend_id, access, path).map_err(host)?
-            }
-            None => None,
-        };
-        let open = || match &self.device_model {
-            Some(device_model) => self.trust(Medium::reserve(keys, device_model)?),
-            None => self.trust(Medium::open(keys)?),
-        };
-        let opened = match (open(), &path) {
-            (Err(fault), Some(path)) if fault.errno == libc::EBUSY => {
-                let check = checker(path, access, self.device_model.clone());
-                match check() {
-                    // It was let go of meanwhile.
-                    Ok(_) => open()?,
-                    Err(error) => {
-                        let may_wait = takeover::may_wait(&store, self.id.frontend_id, &error).map_err(host)?;
-                        if !may_wait {
-                            return Err(fault);
-                        }
-                        tracing::warn!(device = %self.id.backend_path, "{error}: this guest arrives, and waits for it");
-                        let medium = self.trust(Medium::foresee(keys)?)?;
-                        self.hold = Hold::Awaited;
-                        self.look_out(move || !is_locked(&check()))?;
-                        self.notifier.tell(ON_HOLD, Some(NOT_YET.to_owned()));
-                        return Ok(medium);
-                    }
-                }
-            }
-            (opened, _) => opened?,
-        };
-        self.hold = if self.device_model.is_some() { Hold::Reserved } else { Hold::Whole };
-        Ok(opened)
-    }
-
     /// Looks for the moment when the device model has let go of a reserved image. `seen`: it has been seen with it.
     pub(super) fn look_for_unplug(&mut self, mut seen: bool) -> Result<(), Fault> {
         let (Hold::Reserved, Some(device_model), Some(medium)) = (self.hold, self.device_model.clone(), &self.medium)
@@ -111,9 +66,9 @@ impl Vbd {
             return Ok(());
         };
         // Not the image itself, which has to be closed when this device closes it.
-        let target = medium.image.target().map_err(host)?;
+        let target = medium.image.target();
         self.look_out_for(true, move || {
-            let open = device_model.opener(target).is_some();
+            let open = device_model.user(target).is_some();
             seen |= open;
             seen && !open
         })
@@ -139,7 +94,12 @@ impl Vbd {
     /// Whoever had the disk has let go.
     fn take_over(&mut self) -> Result<(), Fault> {
         let Some(keys) = self.opened_with.clone() else { return Ok(()) };
-        let medium = self.open_or_await(&keys)?;
+        self.begin_opening(Purpose::TakeOver, keys)
+    }
+
+    /// The same, and it was opened.
+    pub(super) fn taken_over(&mut self, medium: Medium, request: &Request) -> Result<(), Fault> {
+        self.hold_as(request)?;
         if self.hold != Hold::Awaited {
             tracing::info!(device = %self.id.backend_path, "the disk is this guest's now");
             self.notifier.tell(ON_HOLD, None);
@@ -165,9 +125,9 @@ impl Vbd {
     }
 
     /// The device model that has the image open, if it does.
-    fn device_models_process(&self) -> Option<Opener> {
+    fn device_models_process(&self) -> Option<HostUser> {
         let (device_model, medium) = (self.device_model.as_ref()?, self.medium.as_ref()?);
-        device_model.opener(medium.image.target().ok()?)
+        device_model.user(medium.image.target())
     }
 
     /// Claims a reserved disk whole.
@@ -184,8 +144,8 @@ impl Vbd {
 
     /// The device model has let go of the image, or has never opened it.
     fn take_from_device_model(&mut self) -> Result<(), Fault> {
-        if let Some(opener) = self.device_models_process() {
-            self.say_device_model(&opener);
+        if let Some(user) = self.device_models_process() {
+            self.say_device_model(&user);
             return self.look_for_unplug(true);
         }
         match self.claim() {
@@ -208,9 +168,9 @@ impl Vbd {
         self.look_out(move || !Image::is_used(&path))
     }
 
-    fn say_device_model(&self, opener: &Opener) -> String {
+    fn say_device_model(&self, user: &HostUser) -> String {
         let text = format!(
-            "the guest's emulated disk is in use by its device model, {opener}; the PV disk is connected when the guest \
+            "the guest's emulated disk is in use by its device model, {user}; the PV disk is connected when the guest \
              unplugs that (its kernel does by itself, without xen_emul_unplug=)"
         );
         self.notifier.tell(ON_HOLD, Some(format!("EBUSY {text}")));
@@ -226,7 +186,7 @@ impl Vbd {
             Hold::Reserved => {}
         }
         let refused = match self.device_models_process() {
-            Some(opener) => opener,
+            Some(user) => user,
             None => match self.claim() {
                 Ok(()) => return Ok(true),
                 // Between the two looks, perhaps.
@@ -276,10 +236,10 @@ impl Vbd {
     /// Looks for the moment when the other domain's device model has let go of the image, or that domain's disk is gone.
     fn look_for_the_mover(&mut self, to: DomId) -> Result<(), Fault> {
         let (store, path, Some(medium)) = (self.store()?, self.path_of(to), &self.medium) else { return Ok(()) };
-        let (device_model, target) = (DeviceModel::of(&store, to), medium.image.target().map_err(host)?);
+        let (device_model, target) = (DeviceModel::of(&store, to), medium.image.target());
         let mut seen = false;
         self.look_out_for(true, move || {
-            let open = device_model.opener(target).is_some();
+            let open = device_model.user(target).is_some();
             seen |= open;
             (seen && !open) || Self::is_gone(&store, &path)
         })
@@ -310,18 +270,5 @@ impl Vbd {
         self.order(&Order::Pause(false), Vec::new());
         self.notifier.retry();
         Ok(())
-    }
-}
-
-/// Looks whether a disk can be had in the way that this guest needs it.
-fn checker(
-    path: &std::path::Path,
-    access: Access,
-    device_model: Option<DeviceModel>,
-) -> impl Fn() -> Result<Option<(u32, u32)>, ImageError> + Send + 'static {
-    let path = path.to_owned();
-    move || match &device_model {
-        Some(device_model) => Image::check_reserve(&path, device_model),
-        None => Image::check_now(&path, access),
     }
 }

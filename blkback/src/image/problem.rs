@@ -16,6 +16,18 @@ pub struct ImageError {
     pub problem: Problem,
 }
 
+impl ImageError {
+    /// Whether somebody uses it.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self.problem, Problem::InUse(_) | Problem::Locked(_))
+    }
+
+    /// Whether somebody has it, by a claim that ends with its use.
+    pub fn is_locked(&self) -> bool {
+        matches!(self.problem, Problem::Locked(_))
+    }
+}
+
 /// What is wrong with a file or device.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {

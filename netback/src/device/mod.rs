@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use hypervisor::Backend;
 
-use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier};
+use xenstore_client::xenbus::{Device, DeviceId, Fault, Keys, Kind, Notifier, Progress};
 
 use crate::counters::Counters;
 use crate::credit::Rate;
@@ -297,14 +297,14 @@ impl Device for Vif {
         Ok(negotiate::offer(self.config.queues.max(1)))
     }
 
-    fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
+    fn open(&mut self, backend: &Keys) -> Result<Progress<Vec<(String, String)>>, Fault> {
         // There is none in a device that was found in state 4: it went with the process that served it.
         self.make_tap()?;
         let tap = self.tap()?;
         let name = tap.name().map_err(|error| tap_fault(&error))?.unwrap_or_else(|| self.name());
         self.rate = read_rate(backend)?;
         tracing::info!(device = %self.id.backend_path, interface = %name, rate = ?self.rate, "opened");
-        Ok(Vec::new())
+        Ok(Progress::Done(Vec::new()))
     }
 
     fn connect(&mut self, frontend: &Keys) -> Result<Vec<(String, String)>, Fault> {
@@ -384,12 +384,13 @@ impl Device for Vif {
         }
     }
 
-    fn release(&mut self) {
+    fn release(&mut self) -> Progress<()> {
         self.bury();
         let name = self.tap.take().and_then(|tap| tap.name().ok().flatten());
         if let Some(name) = name {
             self.forget_filter(&name);
         }
+        Progress::Done(())
     }
 }
 

@@ -72,6 +72,13 @@ impl Medium {
 #[derive(Debug)]
 pub struct Shared(Mutex<Medium>);
 
+impl Shared {
+    /// The file's content. For as long as the guard is held, the file system answers nothing.
+    pub fn hang(&self) -> MutexGuard<'_, Medium> {
+        lock(&self.0)
+    }
+}
+
 impl Erase for Shared {
     fn erase(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut medium = lock(&self.0);

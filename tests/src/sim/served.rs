@@ -82,6 +82,14 @@ impl Served {
         self.machine.create_guest(options).map(Arc::new).map_err(other)
     }
 
+    /// The end of a guest, as its toolstack has it.
+    ///
+    /// # Errors
+    /// When there is no such guest.
+    pub fn destroy(&self, guest: &GuestSeat) -> io::Result<()> {
+        self.machine.destroy(Guest::domid(guest)).map_err(other)
+    }
+
     /// Attaches a disk as an administrator would.
     ///
     /// # Errors

@@ -38,7 +38,17 @@ pub trait Kind {
     fn create(&mut self, id: &DeviceId, backend: &Keys, notifier: Notifier) -> Result<Self::Device, Fault>;
 }
 
-/// One device. Called on the driver's thread only, one call at a time; a call holds up all devices of its driver.
+/// What was done at once, or will be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress<T> {
+    /// It is done.
+    Done(T),
+    /// It is being done elsewhere, and a [`Notifier`] tells when it is.
+    Later,
+}
+
+/// One device. Called on the driver's thread only, one call at a time; a call holds up all devices of its driver: what can
+/// hang, such as storage, belongs elsewhere.
 ///
 /// Order of calls: `features`, `open` once hotplug-status is `connected`, `connect` when the frontend is ready,
 /// `disconnect` (answered by [`Notifier::disconnected`]), perhaps `features` and `connect` again, at last `release`.
@@ -53,17 +63,24 @@ pub trait Device {
     fn features(&mut self) -> Result<Vec<(String, String)>, Fault>;
 
     /// Opens the medium. `backend` is read anew, with what the hotplug program added. The keys returned are published
-    /// at once: they are the sign that the medium could be had.
+    /// at once: they are the sign that the medium could be had. If it is done later, [`Notifier::answered`] tells, and
+    /// [`Device::answered`] returns them; [`release`](Self::release) may come before.
     ///
     /// # Errors
     /// As [`Device::features`].
-    fn open(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault>;
+    fn open(&mut self, backend: &Keys) -> Result<Progress<Vec<(String, String)>>, Fault>;
+
+    /// What the device does elsewhere has come to an end. Returns the result if that was [`open`](Self::open) or
+    /// [`reopen`](Self::reopen), and once.
+    fn answered(&mut self) -> Option<Result<Vec<(String, String)>, Fault>> {
+        None
+    }
 
     /// As [`open`](Self::open), for a device found in state 4, before [`reattach`](Self::reattach).
     ///
     /// # Errors
     /// As [`Device::features`].
-    fn reopen(&mut self, backend: &Keys) -> Result<Vec<(String, String)>, Fault> {
+    fn reopen(&mut self, backend: &Keys) -> Result<Progress<Vec<(String, String)>>, Fault> {
         self.open(backend)
     }
 
@@ -127,6 +144,7 @@ pub trait Device {
     /// thread, perhaps at once. Must not block on the I/O in flight.
     fn disconnect(&mut self);
 
-    /// Closes the medium; nothing is held afterwards. Only called when disconnected.
-    fn release(&mut self);
+    /// Closes the medium, or gives up opening it; nothing is held afterwards. Only called when disconnected, and the last
+    /// call: if it is done later, [`Notifier::released`] tells.
+    fn release(&mut self) -> Progress<()>;
 }

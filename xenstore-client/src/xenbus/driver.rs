@@ -16,6 +16,8 @@ use crate::{Client, DomId, Error, LogGate, Result, Store, WatchEvent, Watcher};
 
 /// How long [`Driver::run`] waits for I/O in flight after a stop.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
+/// How long it waits then for storage that is only being closed: the process's end closes it, too.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Stops a driver from another thread (or from a signal, by way of a thread that waits for it). Clones are the same
 /// handle.
@@ -134,23 +136,32 @@ impl<K: Kind> Driver<K> {
     }
 
     fn serve(&mut self, stop: &StopHandle) -> Result<()> {
-        let mut deadline = None;
+        let mut stopped = None;
         loop {
-            if stop.is_stopped() && deadline.is_none() {
-                deadline = Some(Instant::now() + STOP_PATIENCE);
+            if stop.is_stopped() && stopped.is_none() {
+                stopped = Some(Instant::now());
                 self.stopping = true;
                 for key in self.keys() {
                     self.with(key, |slot, ctx| slot.feed(ctx, Input::Stop))?;
                 }
             }
-            if let Some(deadline) = deadline {
+            let mut longest = None;
+            if let Some(stopped) = stopped {
                 let Some(busy) = self.slots.values().find(|slot| !slot.is_idle()) else { return Ok(()) };
-                if Instant::now() >= deadline {
+                let closing = self.slots.values().all(Slot::is_let_go);
+                let patience = if closing { CLOSE_PATIENCE } else { STOP_PATIENCE };
+                let left = patience.saturating_sub(stopped.elapsed());
+                if left.is_zero() && closing {
+                    tracing::warn!(device = %busy.path(), "its storage does not answer while it is closed");
+                    return Ok(());
+                }
+                if left.is_zero() {
                     let what = format!("{} to finish its I/O", busy.path());
                     return Err(Error::Timeout { what, seconds: STOP_PATIENCE.as_secs() });
                 }
+                longest = Some(left);
             }
-            self.sleep(stop, deadline)?;
+            self.sleep(stop, longest)?;
             while let Some((serial, note)) = self.notes.take_tagged() {
                 if let Some(key) = self.key_of(serial) {
                     self.with(key, |slot, ctx| slot.note(ctx, note))?;
@@ -161,17 +172,14 @@ impl<K: Kind> Driver<K> {
         }
     }
 
-    fn sleep(&self, stop: &StopHandle, deadline: Option<Instant>) -> Result<()> {
+    fn sleep(&self, stop: &StopHandle, longest: Option<Duration>) -> Result<()> {
         let watcher = self.watcher.fd();
         let notes = self.notes.fd();
         let stop = stop.fd();
         let mut fds = vec![PollFd::new(&watcher, PollFlags::IN), PollFd::new(&notes, PollFlags::IN)];
         // A stop that was seen stays readable for ever.
-        let timeout = match deadline {
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-                Timespec::try_from(left).ok()
-            }
+        let timeout = match longest {
+            Some(longest) => Timespec::try_from(longest + Duration::from_millis(1)).ok(),
             None => {
                 fds.push(PollFd::new(&stop, PollFlags::IN));
                 None

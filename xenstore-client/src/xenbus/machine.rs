@@ -48,7 +48,7 @@ pub enum Input {
     },
     /// `hotplug-status` was read: whether it is `connected`.
     Hotplug(bool),
-    /// The answer to [`Action::Open`]: the medium is open.
+    /// The answer to [`Action::Open`], perhaps long after it: the medium is open.
     Opened,
     /// The answer to [`Action::Open`]: it is not.
     OpenFailed(Fault),
@@ -65,6 +65,8 @@ pub enum Input {
     Skipped,
     /// The answer to [`Action::BeginDisconnect`]: nothing is in flight or mapped.
     Disconnected,
+    /// The answer to [`Action::Release`], perhaps long after it: nothing is held any more.
+    Released,
     /// The device cannot go on.
     Fault(Fault),
     /// Our directory was removed, or removed and made anew.
@@ -81,7 +83,7 @@ pub enum Action {
     PublishFeatures,
     /// Write our state.
     SetState(State),
-    /// Open the medium.
+    /// Open the medium. Storage may take its time, so other facts can come before the answer.
     Open,
     /// Map the rings, and publish keys and state 4 in one transaction.
     Connect,
@@ -93,7 +95,7 @@ pub enum Action {
     BeginDisconnect,
     /// Write the error node.
     ReportFault(Fault),
-    /// Close the medium, hold nothing any more.
+    /// Close the medium, or give up opening it; hold nothing any more.
     Release,
     /// Forget the device. Nothing of it is in the store any more.
     Forget,
@@ -107,7 +109,7 @@ impl Action {
         matches!(self, Self::PublishFeatures | Self::SetState(_)) || self.is_question()
     }
 
-    /// Whether the machine does nothing more until it is answered.
+    /// Whether it has to be answered even if it is not done.
     #[must_use]
     pub fn is_question(&self) -> bool {
         matches!(self, Self::Open | Self::Connect | Self::Reattach)
@@ -119,6 +121,7 @@ enum Medium {
     Shut,
     Opening,
     Open,
+    Closing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -208,6 +211,12 @@ impl Machine {
     /// Nothing is mapped and nothing is open: the process may end.
     #[must_use]
     pub fn is_idle(&self) -> bool {
+        self.is_let_go() && self.medium == Medium::Shut
+    }
+
+    /// Nothing is mapped, and the medium is closed, or about to be.
+    #[must_use]
+    pub fn is_let_go(&self) -> bool {
         self.rings == Rings::None && self.released
     }
 
@@ -261,13 +270,15 @@ impl Machine {
                 }
             }
             Input::Disconnected if self.rings == Rings::Draining => self.rings = Rings::None,
+            Input::Released if self.medium == Medium::Closing => self.medium = Medium::Shut,
             // Answers to what was not asked: a device that says it twice.
             Input::Opened
             | Input::OpenFailed(_)
             | Input::Connected
             | Input::ConnectFailed(_)
             | Input::Postponed
-            | Input::Disconnected => {}
+            | Input::Disconnected
+            | Input::Released => {}
             Input::Fault(fault) => self.fault(fault, out),
             Input::Removed => self.removed = true,
             Input::Stop => self.stopping = true,
@@ -304,12 +315,15 @@ impl Machine {
 
     /// Does the next thing that the facts call for; `false` if there is none.
     fn turn(&mut self, out: &mut Vec<Action>) -> bool {
-        if self.medium == Medium::Opening || self.rings == Rings::Connecting {
+        if self.rings == Rings::Connecting {
             return false;
         }
         if self.removed {
             // Nothing is written any more: whatever is at our path now belongs to somebody else.
             return self.drain(out) || self.release(out);
+        }
+        if self.medium == Medium::Closing {
+            return false;
         }
         match self.own {
             State::Unknown => self.announce_or_end(out),
@@ -368,13 +382,17 @@ impl Machine {
             self.set(State::Closing, out);
         } else if self.rings == Rings::None {
             // State 4 without rings: it was a process before us that connected.
-            if self.medium == Medium::Shut {
-                self.medium = Medium::Opening;
-                self.released = false;
-                out.push(Action::Open);
-            } else {
-                self.rings = Rings::Connecting;
-                out.push(Action::Reattach);
+            match self.medium {
+                Medium::Shut => {
+                    self.medium = Medium::Opening;
+                    self.released = false;
+                    out.push(Action::Open);
+                }
+                Medium::Open => {
+                    self.rings = Rings::Connecting;
+                    out.push(Action::Reattach);
+                }
+                Medium::Opening | Medium::Closing => {}
             }
             return false;
         } else if self.own == State::Connected && self.front == Front::At(State::Reconfiguring) {
@@ -400,10 +418,10 @@ impl Machine {
         );
         if self.rings == Rings::None && (let_go || !self.online || self.stopping) {
             // Whoever sees our 6 may hand the medium to the next guest at once, so it is let go of before.
-            if !self.online || self.stopping {
-                self.release(out);
+            let keeps = self.online && !self.stopping;
+            if keeps || !self.release(out) {
+                self.set(State::Closed, out);
             }
-            self.set(State::Closed, out);
             return true;
         }
         false
@@ -434,7 +452,7 @@ impl Machine {
     fn release(&mut self, out: &mut Vec<Action>) -> bool {
         if self.rings == Rings::None && !self.released {
             self.released = true;
-            self.medium = Medium::Shut;
+            self.medium = Medium::Closing;
             out.push(Action::Release);
             if self.removed {
                 out.push(Action::Forget);
@@ -442,7 +460,7 @@ impl Machine {
             }
             return true;
         }
-        if self.removed && self.is_idle() {
+        if self.removed && self.is_let_go() {
             out.push(Action::Forget);
             self.started = false;
             return true;

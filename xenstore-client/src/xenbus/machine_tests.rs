@@ -25,6 +25,7 @@ fn inputs() -> Vec<Input> {
         Input::Postponed,
         Input::Retry,
         Input::Disconnected,
+        Input::Released,
         Input::Fault(fault()),
         Input::Removed,
         Input::Stop,
@@ -42,6 +43,7 @@ struct World {
     connecting: bool,
     mapped: bool,
     draining: bool,
+    closing: bool,
     removed: bool,
     forgotten: bool,
 }
@@ -55,6 +57,7 @@ impl World {
         connecting: false,
         mapped: false,
         draining: false,
+        closing: false,
         removed: false,
         forgotten: false,
     };
@@ -62,10 +65,9 @@ impl World {
     /// `false`: this input cannot come now (an answer to a question that was not asked).
     fn takes(&mut self, input: &Input) -> bool {
         match input {
-            // The driver answers at once: nothing else can come first.
-            _ if self.opening && !matches!(input, Input::Opened | Input::OpenFailed(_)) => return false,
             // Only a fresh connection can be put off.
             Input::Postponed if self.state == Connected => return false,
+            // The driver answers at once: nothing else can come first.
             _ if self.connecting && !matches!(input, Input::Connected | Input::ConnectFailed(_) | Input::Postponed) => {
                 return false;
             }
@@ -80,6 +82,7 @@ impl World {
             }
             Input::ConnectFailed(_) | Input::Postponed => self.connecting = false,
             Input::Disconnected if self.draining => (self.draining, self.mapped) = (false, false),
+            Input::Released => self.closing = false,
             Input::Removed => self.removed = true,
             // The toolstack's 5 is in the store before it is heard of.
             Input::Toolstack { closing, .. } => {
@@ -114,6 +117,7 @@ impl World {
                         Connected => self.state == Reconfigured && self.mapped && !self.draining,
                         Closed => {
                             assert!(!self.mapped && !self.draining, "6 with rings mapped: {trace}");
+                            assert!(!self.closing, "6 before the medium is closed: {trace}");
                             self.state == Closing
                         }
                         _ => false,
@@ -122,7 +126,7 @@ impl World {
                     self.state = *state;
                 }
                 Action::Open => {
-                    assert!(!self.open && !self.opening && !self.removed, "{trace}");
+                    assert!(!self.open && !self.opening && !self.closing && !self.removed, "{trace}");
                     self.opening = true;
                 }
                 Action::Connect => {
@@ -140,11 +144,11 @@ impl World {
                 }
                 Action::ReportFault(_) => assert!(!self.removed, "{trace}"),
                 Action::Release => {
-                    assert!(!self.mapped && !self.opening && !self.connecting, "{trace}");
-                    self.open = false;
+                    assert!(!self.mapped && !self.connecting && !self.closing, "{trace}");
+                    (self.open, self.opening, self.closing) = (false, false, true);
                 }
                 Action::Forget => {
-                    assert!(self.removed && !self.open, "{trace}");
+                    assert!(self.removed && !self.open && !self.opening, "{trace}");
                     self.forgotten = true;
                 }
             }
@@ -260,6 +264,7 @@ fn finishes(machine: &Machine, world: World) {
             Input::Opened,
             Input::Connected,
             Input::Disconnected,
+            Input::Released,
         ];
         for input in facts {
             if !world.takes(&input) {
@@ -270,18 +275,24 @@ fn finishes(machine: &Machine, world: World) {
             world.does(&actions, &format!("finishing {machine:?}"));
             last.extend(actions);
         }
-        assert!(machine.is_idle() && !world.mapped && !world.open, "{machine:?} {last:?}");
+        assert!((machine.is_idle() || removed) && !world.mapped && !world.open, "{machine:?} {last:?}");
         assert!(if removed { world.forgotten } else { world.state == Closed }, "{machine:?} {last:?}");
     }
 }
 
-/// Runs facts one after the other and collects what was done, as short words.
+/// Runs facts one after the other and collects what was done, as short words. A medium closes at once, unless the story
+/// says when it does.
 fn run(inputs: &[Input]) -> Vec<String> {
     let mut machine = Machine::new();
     let mut said = Vec::new();
-    for input in inputs {
-        let (next, actions) = step(machine, input.clone());
+    let slow = inputs.contains(&Input::Released);
+    let mut inputs: VecDeque<Input> = inputs.iter().cloned().collect();
+    while let Some(input) = inputs.pop_front() {
+        let (next, actions) = step(machine, input);
         machine = next;
+        if actions.contains(&Action::Release) && !slow {
+            inputs.push_front(Input::Released);
+        }
         said.extend(actions.iter().map(|action| match action {
             Action::SetState(state) => state.to_string(),
             Action::PublishFeatures => "features".into(),
@@ -387,6 +398,63 @@ fn stories() {
         (
             "detach before connect",
             (with(start(), &[Input::Hotplug(true), Input::Opened, remove.clone()]), "features 2 open release 6"),
+        ),
+        (
+            "detach while it is opened",
+            (with(start(), &[Input::Hotplug(true), remove.clone(), Input::Opened]), "features 2 open release 6"),
+        ),
+        (
+            "removed while it is opened",
+            (with(start(), &[Input::Hotplug(true), Input::Removed, Input::Opened]), "features 2 open release forget"),
+        ),
+        (
+            "opened late, the guest waits",
+            (
+                with(start(), &[Input::Hotplug(true), front(Initialised), Input::Opened, Input::Connected]),
+                "features 2 open connect",
+            ),
+        ),
+        (
+            "opened late, the guest went and came back",
+            (
+                with(
+                    start(),
+                    &[Input::Hotplug(true), front(Closed), front(Initialising), Input::Opened, front(Initialised)],
+                ),
+                "features 2 open 5 6 features 2 connect",
+            ),
+        ),
+        (
+            "opening fails when the guest is gone",
+            (
+                with(start(), &[Input::Hotplug(true), front(Closed), Input::OpenFailed(fault()), front(Initialising)]),
+                "features 2 open 5 6 error features 2 open",
+            ),
+        ),
+        ("stop while it is opened", (with(start(), &[Input::Hotplug(true), Input::Stop]), "features 2 open release")),
+        (
+            "detach, and the storage is long in closing",
+            (
+                with(
+                    start(),
+                    &[
+                        Input::Hotplug(true),
+                        Input::Opened,
+                        remove.clone(),
+                        front(Closed),
+                        remove.clone(),
+                        Input::Released,
+                    ],
+                ),
+                "features 2 open release 6",
+            ),
+        ),
+        (
+            "removed, and the storage is long in closing",
+            (
+                with(start(), &[Input::Hotplug(true), Input::Opened, remove.clone(), Input::Removed, Input::Released]),
+                "features 2 open release forget",
+            ),
         ),
         (
             "detach when closed",

@@ -14,7 +14,7 @@ mod slot;
 mod state;
 pub mod toolstack;
 
-pub use device::{Device, DeviceId, Kind};
+pub use device::{Device, DeviceId, Kind, Progress};
 pub use driver::{Driver, StopHandle};
 pub use fault::{Blame, Fault};
 pub use keys::Keys;

@@ -22,6 +22,10 @@ pub enum Note {
     Tell(String, Option<String>),
     /// See [`Notifier::retry`].
     Retry,
+    /// See [`Notifier::answered`].
+    Answered,
+    /// See [`Notifier::released`].
+    Released,
 }
 
 /// A device's voice towards the driver. Cheap to clone; usable from every thread; never blocks. What is said after the
@@ -74,6 +78,16 @@ impl Notifier {
     /// What [`Device::may_connect`](super::Device::may_connect) waited for has come: it is to be asked again.
     pub fn retry(&self) {
         self.send(Note::Retry);
+    }
+
+    /// What the device does elsewhere has come to an end: [`Device::answered`](super::Device::answered) is called.
+    pub fn answered(&self) {
+        self.send(Note::Answered);
+    }
+
+    /// The answer to [`Device::release`](super::Device::release), if that was not done at once.
+    pub fn released(&self) {
+        self.send(Note::Released);
     }
 
     fn send(&self, note: Note) {

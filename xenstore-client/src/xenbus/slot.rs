@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::machine::{Action, Front, Input, Machine, step};
-use super::{Blame, Device, DeviceId, Fault, Keys, Kind, Note, Notifier, State, frontend};
+use super::{Blame, Device, DeviceId, Fault, Keys, Kind, Note, Notifier, Progress, State, frontend};
 use crate::{Client, DomId, Error, LogGate, Result, Store, Watcher};
 
 /// What all devices of a driver share.
@@ -107,6 +107,11 @@ impl<D: Device> Slot<D> {
         self.machine.is_idle()
     }
 
+    /// Idle but for a medium that is being closed.
+    pub(super) fn is_let_go(&self) -> bool {
+        self.machine.is_let_go()
+    }
+
     pub(super) fn path(&self) -> &str {
         &self.id.backend_path
     }
@@ -182,6 +187,15 @@ impl<D: Device> Slot<D> {
             Note::Publish(_) => Ok(()),
             Note::Tell(key, value) => self.tell(ctx.client, &key, value.as_deref()),
             Note::Retry => self.feed(ctx, Input::Retry),
+            Note::Answered => {
+                // A device that was given up has no answer any more, and neither has its successor.
+                let Some(answer) = self.device.as_mut().and_then(Device::answered) else { return Ok(()) };
+                for input in self.opened(ctx, answer)? {
+                    self.feed(ctx, input)?;
+                }
+                Ok(())
+            }
+            Note::Released => self.feed(ctx, Input::Released),
         }
     }
 
@@ -227,7 +241,7 @@ impl<D: Device> Slot<D> {
                         vec![Input::Fault(Fault::from(error))]
                     }
                 };
-                failed |= more.iter().any(|input| !matches!(input, Input::Opened | Input::Connected));
+                failed |= more.iter().any(|input| !matches!(input, Input::Opened | Input::Connected | Input::Released));
                 inputs.extend(more);
             }
             if skipped {
@@ -275,20 +289,12 @@ impl<D: Device> Slot<D> {
                     true => device.reopen(&keys),
                     false => device.open(&keys),
                 });
-                let keys = match opened {
-                    Some(Ok(keys)) => keys,
-                    Some(Err(fault)) => return Ok(vec![Input::OpenFailed(fault)]),
-                    None => return Ok(vec![Input::OpenFailed(Fault::host(5, "there is no device to open"))]),
-                };
-                // It is open, whatever the store says: Opened comes first, trouble second.
-                let mut inputs = vec![Input::Opened];
-                match self.publish(ctx.client, &keys) {
-                    Ok(true) => {}
-                    Ok(false) => inputs.push(Input::Removed),
-                    Err(Error::Disconnected) => return Err(Error::Disconnected),
-                    Err(error) => inputs.push(Input::Fault(error.into())),
+                match opened {
+                    Some(Ok(Progress::Done(keys))) => self.opened(ctx, Ok(keys)),
+                    Some(Ok(Progress::Later)) => Ok(Vec::new()),
+                    Some(Err(fault)) => self.opened(ctx, Err(fault)),
+                    None => self.opened(ctx, Err(Fault::host(5, "there is no device to open"))),
                 }
-                Ok(inputs)
             }
             Action::Connect => self.connect(ctx, false),
             Action::Reattach => self.connect(ctx, true),
@@ -312,11 +318,9 @@ impl<D: Device> Slot<D> {
                 Ok(Vec::new())
             }
             Action::Release => {
-                if let Some(mut device) = self.device.take() {
-                    device.release();
-                }
+                let released = self.device.take().map_or(Progress::Done(()), |mut device| device.release());
                 tracing::info!(device = %self.id.backend_path, "released");
-                Ok(Vec::new())
+                Ok(if released == Progress::Later { Vec::new() } else { vec![Input::Released] })
             }
             Action::Forget => {
                 self.forgotten = true;
@@ -330,6 +334,27 @@ impl<D: Device> Slot<D> {
                 Ok(Vec::new())
             }
         }
+    }
+
+    /// What the machine is told about the end of an opening; the device's keys are published.
+    fn opened<K: Kind<Device = D>>(
+        &mut self,
+        ctx: &mut Context<'_, K>,
+        outcome: Result<Vec<(String, String)>, Fault>,
+    ) -> Result<Vec<Input>> {
+        let keys = match outcome {
+            Ok(keys) => keys,
+            Err(fault) => return Ok(vec![Input::OpenFailed(fault)]),
+        };
+        // It is open, whatever the store says: Opened comes first, trouble second.
+        let mut inputs = vec![Input::Opened];
+        match self.publish(ctx.client, &keys) {
+            Ok(true) => {}
+            Ok(false) => inputs.push(Input::Removed),
+            Err(Error::Disconnected) => return Err(Error::Disconnected),
+            Err(error) => inputs.push(Input::Fault(error.into())),
+        }
+        Ok(inputs)
     }
 
     /// Makes the device if there is none. The inner result is what has to be told to the machine if that fails.

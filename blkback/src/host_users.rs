@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 
 /// A process that has a file open.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Opener {
+pub struct HostUser {
     /// Its number.
     pub pid: u32,
     /// Its program's name, as far as the kernel keeps it.
     pub name: String,
 }
 
-impl std::fmt::Display for Opener {
+impl std::fmt::Display for HostUser {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "process {} ({})", self.pid, self.name)
     }
@@ -65,15 +65,15 @@ impl Target {
     }
 
     /// The process with this number, if it has it open.
-    pub fn opener(self, pid: u32) -> Option<Opener> {
+    pub fn user(self, pid: u32) -> Option<HostUser> {
         let process = PathBuf::from(format!("/proc/{pid}"));
-        self.is_open_in(&process, None).then(|| opener(pid, &process))
+        self.is_open_in(&process, None).then(|| host_user(pid, &process))
     }
 }
 
-fn opener(pid: u32, process: &Path) -> Opener {
+fn host_user(pid: u32, process: &Path) -> HostUser {
     let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
-    Opener { pid, name: name.trim().to_owned() }
+    HostUser { pid, name: name.trim().to_owned() }
 }
 
 /// Folders in /proc of all processes that can be looked into.
@@ -83,7 +83,7 @@ pub fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
 }
 
 /// Processes that have `file` open, not counting `file` itself.
-pub fn of(file: &File) -> Vec<Opener> {
+pub fn of(file: &File) -> Vec<HostUser> {
     let Ok(metadata) = file.metadata() else { return Vec::new() };
     let target = Target::of(&metadata);
     processes()
@@ -91,7 +91,7 @@ pub fn of(file: &File) -> Vec<Opener> {
             let own = (*pid == std::process::id()).then(|| file.as_raw_fd());
             target.is_open_in(process, own)
         })
-        .map(|(pid, process)| opener(pid, &process))
+        .map(|(pid, process)| host_user(pid, &process))
         .collect()
 }
 
@@ -106,11 +106,11 @@ mod tests {
         let target = Target::of(&file.as_file().metadata().unwrap());
         let second = File::open(file.path()).unwrap();
         let found = of(file.as_file());
-        assert_eq!(found.iter().map(|opener| opener.pid).collect::<Vec<_>>(), [std::process::id()]);
-        assert_eq!(target.opener(std::process::id()).as_ref(), found.first());
+        assert_eq!(found.iter().map(|user| user.pid).collect::<Vec<_>>(), [std::process::id()]);
+        assert_eq!(target.user(std::process::id()).as_ref(), found.first());
         drop(second);
         assert_eq!(of(file.as_file()), []);
         let other = tempfile::NamedTempFile::new().unwrap();
-        assert_eq!(Target::of(&other.as_file().metadata().unwrap()).opener(1), None);
+        assert_eq!(Target::of(&other.as_file().metadata().unwrap()).user(1), None);
     }
 }
