@@ -20,19 +20,26 @@
 //! ```
 
 mod error;
+mod filter;
+mod filter_guard;
 mod follow;
 mod guard;
 mod journal;
 mod lock;
 mod pending;
 mod session;
+mod watcher;
 
 pub use error::Error;
+pub use filter::forget_filters;
+pub use filter_guard::FilterGuard;
 pub use follow::Follower;
 pub use guard::Guard;
 pub use journal::Journal;
 pub use pending::Pending;
 pub use session::{Fault, Options, Report, Restored, Session, interrupted, look, record_names};
+
+pub(crate) use filter::filtered;
 
 pub(crate) use pending::{COMMAND as WAITER, is_due_later, leave_terminal};
 

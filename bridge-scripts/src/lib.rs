@@ -8,10 +8,12 @@
 pub mod antispoof;
 pub mod apply;
 pub mod cli;
+pub mod filter;
 pub mod link;
 pub mod network;
 pub mod nft;
 pub mod plan;
+mod ranges;
 pub mod state;
 pub mod step;
 pub mod vif;

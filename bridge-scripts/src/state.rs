@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::antispoof::Rules;
 use crate::nft;
 
 mod link;
@@ -245,8 +246,8 @@ pub struct What {
     pub fdb: bool,
     /// Bridge VLANs of these links.
     pub vlans: bool,
-    /// Links at whose ingress BPF programs are looked for.
-    pub ingress: Vec<String>,
+    /// Links whose filters are looked at.
+    pub filters: Vec<String>,
     /// Which of our tables nftables has, and what is in them.
     pub tables: bool,
     /// Sysctls, as paths below /proc/sys: `net/ipv4/ip_forward`.
@@ -266,7 +267,7 @@ impl What {
             fdb: true,
             vlans: true,
             tables: true,
-            ingress: Vec::new(),
+            filters: Vec::new(),
             sysctls: Vec::new(),
             records: Vec::new(),
         }
@@ -295,10 +296,10 @@ pub struct State {
     pub vlans: Vec<BridgeVlan>,
     /// Our nftables tables (named `xen-...`) with their content, where it is known: we keep what we put in.
     pub tables: Vec<OurTable>,
-    /// Links that have BPF programs at their ingress, each with a number that tells programs apart; none where the kernel
-    /// has no such programs, or nobody asked.
+    /// Links that were asked for and have a filter of ours, or should have: the rules it is made of; none where it is not as
+    /// we made it.
     #[serde(default)]
-    pub ingress: Option<BTreeMap<String, u64>>,
+    pub filters: BTreeMap<String, Option<Rules>>,
     /// Whether what bridges forward passes IPv4's and IPv6's firewall hooks too (br_netfilter). Looked at with the tables.
     #[serde(default)]
     pub bridge_netfilter: [bool; 2],

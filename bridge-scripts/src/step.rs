@@ -4,8 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::antispoof::Rules;
+use crate::nft;
 use crate::state::{Address, BridgeVlan, Fdb, Kind, LinkState, Mac, Neighbour, PortFlags, Route, State};
-use crate::{antispoof, nft};
 
 /// One change. Links are named as they are called at that point of the plan.
 ///
@@ -139,12 +140,12 @@ pub enum Step {
     AddFdb(Fdb),
     /// Remove it.
     RemoveFdb(Fdb),
-    /// Decide about what a link receives by BPF programs too, which no flush of nftables takes away.
-    Ingress {
+    /// Filter what a link receives.
+    Filter {
         /// The link.
         link: String,
-        /// The table as which they decide; none to take them away.
-        table: Option<nft::Table>,
+        /// What it may send; none to take the filter away.
+        rules: Option<Rules>,
     },
     /// Let the machine's firewall (iptables' FORWARD chain) accept what is forwarded within a bridge.
     AcceptWithin {
@@ -290,7 +291,7 @@ impl Step {
                 }
                 vec![Self::AcceptWithin { bridge: bridge.clone(), family: *family, on: had }]
             }
-            Self::Ingress { link: name, .. } => undo_ingress(name, before),
+            Self::Filter { link: name, .. } => undo_filter(name, before),
             Self::Sysctl { path, value } => match before.sysctls.get(path) {
                 Some(was) if was != value => {
                     let mut undo = vec![Self::Sysctl { path: path.clone(), value: was.clone() }];
@@ -381,17 +382,14 @@ fn present<T: PartialEq + Clone>(had: &[T], old: &T, add: impl Fn(T) -> Step) ->
     if had.contains(old) { vec![add(old.clone())] } else { Vec::new() }
 }
 
-fn undo_ingress(name: &str, before: &State) -> Vec<Step> {
-    let Some(ingress) = &before.ingress else { return Vec::new() };
-    let back = |table| vec![Step::Ingress { link: name.to_owned(), table }];
-    let Some(had) = ingress.get(name) else { return back(None) };
-    // Those of the table that was there. Others are somebody else's doing, and cannot be made again.
-    let tables = before.tables.iter().filter_map(|table| table.content.as_ref());
-    let same = |table: &&nft::Table| antispoof::fingerprint(table).as_ref() == Some(had);
-    tables
-        .filter(|table| table.family == nft::Family::Netdev)
-        .find(same)
-        .map_or_else(Vec::new, |table| back(Some(table.clone())))
+fn undo_filter(name: &str, before: &State) -> Vec<Step> {
+    let back = |rules| vec![Step::Filter { link: name.to_owned(), rules }];
+    match before.filters.get(name) {
+        None => back(None),
+        Some(Some(rules)) => back(Some(rules.clone())),
+        // Somebody else's doing, or an older release's: it cannot be made again, and ours is better than none.
+        Some(None) => Vec::new(),
+    }
 }
 
 fn undo_table(family: nft::Family, name: &str, before: &State) -> Vec<Step> {
@@ -452,8 +450,8 @@ impl fmt::Display for Step {
             Self::AcceptWithin { bridge, family, on: false } => {
                 write!(f, "take back that {family} filter FORWARD accepts what is forwarded within {bridge}")
             }
-            Self::Ingress { link, table: Some(_) } => write!(f, "filter what {link} receives by BPF too"),
-            Self::Ingress { link, table: None } => write!(f, "filter what {link} receives no longer by BPF"),
+            Self::Filter { link, rules: Some(_) } => write!(f, "filter what {link} receives"),
+            Self::Filter { link, rules: None } => write!(f, "filter what {link} receives no longer"),
             Self::Sysctl { path, value } => write!(f, "write {value} to /proc/sys/{path}"),
             Self::Table(table) => write!(f, "put the nftables table {} {} in place", table.family.name(), table.name),
             Self::DropTable(family, name) => write!(f, "delete the nftables table {} {name}", family.name()),

@@ -228,8 +228,9 @@ fn cards_come_and_go() {
     dom0.world.ip("link del vif62.0");
     dom0.hotplug("vif-bridge", "offline", 62, 0);
     dom0.guest("vif-bridge", 63, 0, "bridge=xenbr0, mac=00:16:3e:00:3e:00");
-    let tables = ok(Command::new("nft").args(["list", "tables"]));
-    assert_eq!(tables.trim(), "table netdev xen-vif63.0");
+    let filters = ok(Command::new("tc").args(["filter", "show", "dev", "vif63.0", "ingress"]));
+    assert!(filters.contains("direct-action"), "{filters}");
+    assert_eq!(ok(Command::new("nft").args(["list", "tables"])), "");
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bridge_scripts::apply::{Follower, Guard, Options};
+use bridge_scripts::apply::{FilterGuard, Follower, Guard, Options};
 use bridge_scripts::vif;
 use clap::{Args, Parser, Subcommand};
 use hypervisor::Backend;
@@ -149,27 +150,26 @@ fn hotplug(store: &Client, call: Call<'_>) -> Result<(), String> {
     vif::hotplug(store, call.backend_path, call.script, event, call.vif).map_err(|error| error.to_string())
 }
 
-/// What keeps the interfaces' filters in the kernel. Interfaces are filtered without it too, until somebody flushes the
-/// machine's nftables.
-fn keep_filters() -> Option<Guard> {
-    match Guard::start(Options::default()) {
-        Ok(guard) => Some(guard),
-        Err(error) => {
-            tracing::warn!(%error, "changes of nftables cannot be watched: filters do not come back after nft flush ruleset");
-            None
-        }
+/// What looks after what the hotplug programs have made, until it is dropped. Interfaces are filtered, routed and NATed
+/// without it too, until somebody else changes something.
+fn watch() -> (Option<FilterGuard>, Option<Guard>, Option<Follower>) {
+    fn started<T>(watcher: io::Result<T>, what: &str) -> Option<T> {
+        watcher.inspect_err(|error| tracing::warn!(%error, "{what}")).ok()
     }
-}
-
-/// What lets filters follow interfaces that are renamed by hand.
-fn follow_names() -> Option<Follower> {
-    match Follower::start(Options::default()) {
-        Ok(follower) => Some(follower),
-        Err(error) => {
-            tracing::warn!(%error, "names of links cannot be watched: one that is renamed by hand may lose its filter");
-            None
-        }
-    }
+    (
+        started(
+            FilterGuard::start(Options::default()),
+            "changes of filters cannot be watched: what somebody deletes by tc does not come back",
+        ),
+        started(
+            Guard::start(Options::default()),
+            "changes of nftables cannot be watched: tables of routed and NATed guests do not come back after nft flush ruleset",
+        ),
+        started(
+            Follower::start(Options::default()),
+            "names of links cannot be watched: a routed interface that is renamed by hand is cut off",
+        ),
+    )
 }
 
 fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Result<(), Failure> {
@@ -177,7 +177,7 @@ fn run_server(xen: Arc<dyn Backend>, serve: Serve, signals: &StopSignals) -> Res
     let config = Config { queues: serve.queues.unwrap_or(defaults.queues), cpus: serve.cpus, ..defaults };
     let (domid, store) = (xen.domid(), xen.store()?);
     let stop = signals.stop_handle();
-    let _filters = (keep_filters(), follow_names());
+    let _watchers = watch();
     let driver = Driver::new(store, domid, VifKind::new(xen, config))?;
     println!("netback: serving {}/backend/vif", domid.home());
     program::serve(vec![driver], &stop)

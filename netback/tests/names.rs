@@ -120,7 +120,7 @@ fn an_interface_that_was_renamed_by_hand() {
     ip(&format!("link set {vif} down"));
     ip(&format!("link set {vif} name shop"));
     ip("link set shop up");
-    until("the filter follows", || dom0.said().contains("its filter follows"));
+    until("what is kept follows", || dom0.said().contains("what is kept about it follows"));
     assert!(port("shop"));
     web.is_heard_and_filtered(&probe, "renamed");
     // The driver comes anew, as after a crash of the guest's kernel.

@@ -239,9 +239,13 @@ impl Network {
         dom0.store().expect("XenStore")
     }
 
-    /// Names of the tables of nftables in dom0.
-    pub fn tables(&self) -> String {
-        self.dom0.run("nft list tables")
+    /// What interfaces have in dom0 beside themselves: tables of nftables, and records of filters and of settings.
+    pub fn kept(&self) -> String {
+        let files = std::fs::read_dir(self.folder.path()).expect("the run directory");
+        let names = files.map(|file| file.expect("a file").file_name().to_string_lossy().into_owned());
+        let mut names: Vec<String> = names.filter(|name| name.ends_with(".json")).collect();
+        names.sort_unstable();
+        format!("{}{names:?}", self.dom0.run("nft list tables"))
     }
 
     /// A guest that waits for its vif 0. Its number makes its addresses: 10.0.0.NUMBER and 00:16:3e:00:00:NUMBER.

@@ -179,7 +179,7 @@ fn detach_under_load_and_attach_again() {
             network.detach(from);
             // What the toolstack waits for comes a moment before.
             becomes("the tap goes", || !network.dom0.links().contains(&from.vif()));
-            assert!(!network.tables().contains(&from.vif()), "{}", network.tables());
+            assert!(!network.kept().contains(&from.vif()), "{}", network.kept());
             assert!(!from.host.links().contains(&"eth0".to_owned()), "{:?}", from.host.links());
             network.attach(from, 1500);
         }
@@ -224,7 +224,7 @@ fn state(network: &Network) -> [String; 6] {
     let store = network.store().directory_opt("/local/domain/0/backend/vif").unwrap().unwrap_or_default();
     [
         network.dom0.links().join(" "),
-        network.tables(),
+        network.kept(),
         dom0("ip route show"),
         dom0("ip neighbour show proxy"),
         dom0("bridge link show"),
@@ -274,5 +274,5 @@ fn the_commands_say_what_they_did() {
     let said = fails(&mut network.netback(["attach", &guest.name, "bridge=nobridge"]));
     assert!(said.contains("nobridge"), "{said}");
     assert!(!network.dom0.links().contains(&guest.vif()), "a failed attach leaves nothing");
-    assert!(!network.tables().contains(&guest.vif()), "a failed attach leaves nothing");
+    assert!(!network.kept().contains(&guest.vif()), "a failed attach leaves nothing");
 }

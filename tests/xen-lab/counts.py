@@ -13,6 +13,7 @@ echo "loops $(ls -d /sys/block/loop*/loop 2>/dev/null | wc -l)"
 echo "domains $(xl list | wc -l)"
 echo "links $(ls -d /sys/class/net/*/ | wc -l)"       # not bonding_masters
 echo "nft-tables $(nft list tables | wc -l)"
+echo "filters $(ls -d /run/bridge-scripts/filter-* 2>/dev/null | wc -l)"
 echo "routes $({ ip -4 route show table all; ip -6 route show table all; } | wc -l)"
 echo "neighbours $({ ip neigh show nud permanent; ip neigh show proxy; } | wc -l)"
 for name in backend netback; do

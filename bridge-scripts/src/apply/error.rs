@@ -134,6 +134,14 @@ pub enum Fault {
         /// What the kernel says.
         source: io::Error,
     },
+    /// A filter that cannot be made. A mistake in our programs.
+    #[error(transparent)]
+    Filter(#[from] crate::filter::Untranslatable),
+    /// The kernel has taken a filter, and tells of another one.
+    #[error(
+        "{0} does not have the filter that the kernel has just taken: somebody else changes it too (tc filter show dev {0} ingress)"
+    )]
+    OtherFilter(String),
     /// A test asked for it.
     #[error("a test asked for this failure")]
     Test,

@@ -1,23 +1,22 @@
-//! Filters that somebody else has deleted come back.
+//! Tables of nftables that somebody else has deleted come back.
 //!
-//! `nft flush ruleset`, the first line of Debian's /etc/nftables.conf, deletes every table of the machine, ours too, and
-//! `systemctl reload nftables` does that under running guests. A [`Guard`] listens to what the kernel tells of changes
-//! (NFNLGRP_NFTABLES) and puts back what the run directory says should be there.
+//! `nft flush ruleset`, the first line of Debian's /etc/nftables.conf, deletes every table of the machine, those of NAT and
+//! of routed guests too, and `systemctl reload nftables` does that under running guests. A [`Guard`] listens to what the
+//! kernel tells of changes (NFNLGRP_NFTABLES) and puts back what the run directory says should be there.
 //!
 //! Tables with an owner (NFT_TABLE_F_OWNER) are not flushed by others. They are no way: `nft -f` of a ruleset that was
 //! saved while they were there fails as a whole, with the administrator's own rules.
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::thread::JoinHandle;
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::session::Restored;
+use super::watcher::{Stop, Watcher};
 use super::{Error, Options, Session};
 
 /// NFNLGRP_NFTABLES of linux/netfilter/nfnetlink_compat.h.
@@ -28,8 +27,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_
 /// A thread that keeps our tables in the kernel, until this is dropped.
 #[derive(Debug)]
 pub struct Guard {
-    stop: OwnedFd,
-    thread: Option<JoinHandle<()>>,
+    _watcher: Watcher,
 }
 
 impl Guard {
@@ -42,26 +40,11 @@ impl Guard {
         socket.bind(&SocketAddr::new(0, 0))?;
         socket.add_membership(GROUP)?;
         socket.set_non_blocking(true)?;
-        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
-        let stopped = stop.try_clone()?;
-        let thread = std::thread::Builder::new().name("nft-guard".to_owned());
-        let thread = thread.spawn(move || keep(&options, &socket, stopped.as_fd()))?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { _watcher: Watcher::start("nft-guard", move |stop| keep(&options, &socket, stop))? })
     }
 }
 
-impl Drop for Guard {
-    fn drop(&mut self) {
-        // The counter of an eventfd takes far more than one.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        if let Some(thread) = self.thread.take() {
-            // A panic has been printed, and there is nothing to clean up after it.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn keep(options: &Options, socket: &Socket, stop: BorrowedFd<'_>) {
+fn keep(options: &Options, socket: &Socket, stop: &Stop) {
     // All of them, at first: whatever happened while nobody listened.
     let mut missing = Some(Tables::All);
     let mut pause = PAUSE.0;
@@ -88,15 +71,8 @@ fn keep(options: &Options, socket: &Socket, stop: BorrowedFd<'_>) {
         if wait.is_some() {
             pause = (pause * 2).min(PAUSE.1);
         }
-        let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN), PollFd::new(&stop, PollFlags::IN)];
-        let timeout = wait.and_then(|wait| Timespec::try_from(wait).ok());
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) if !fds[1].revents().is_empty() => return,
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => {
-                tracing::error!(%error, "changes of nftables are no longer watched");
-                return;
-            }
+        if !stop.wait(socket.as_fd(), wait) {
+            return;
         }
         missing = Tables::both(missing, read(socket));
     }

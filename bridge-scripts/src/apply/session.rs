@@ -10,7 +10,8 @@ use std::time::Duration;
 use super::error::Fault as StepFault;
 use super::journal::{self, Found, Open, now};
 use super::lock::Lock;
-use super::{Error, Journal, Pending, pending};
+use super::{Error, Journal, Pending, filter, pending};
+use crate::antispoof::Rules;
 use crate::link::{Link, Mode};
 use crate::nft::{Change, Family, Nft, Table};
 use crate::plan::Plan;
@@ -22,8 +23,6 @@ pub(super) const RUN_VARIABLE: &str = "BRIDGE_SCRIPTS_RUN";
 /// The variable by which tests let a program fail or die, see [`Fault`].
 const FAULT_VARIABLE: &str = "BRIDGE_SCRIPTS_FAULT";
 pub(super) const JOURNAL: &str = "journal.json";
-/// There where the kernel has no BPF programs at a link's ingress, until the machine starts again.
-const NO_BPF: &str = "no-bpf";
 /// The end of the names of files that are being written, and get their name when they are whole.
 const DRAFT: &str = ".new";
 
@@ -151,7 +150,7 @@ impl Session {
     }
 
     /// Puts back those of our tables that the kernel has lost, or has changed by somebody else; only those that are
-    /// `wanted`. A table for a device that is not there is left alone.
+    /// `wanted`.
     ///
     /// # Errors
     ///
@@ -160,15 +159,12 @@ impl Session {
         let wrong = |error: StepFault| Error::Read(Box::new(error));
         let mut restored = Restored::default();
         let run = self.options.run.clone();
-        for file in table_files(&run)? {
-            let Some(table) = kept(&run.join(file))?.filter(|table| wanted(&table.name)) else { continue };
-            let devices = table.chains.iter().filter_map(|chain| chain.hook.as_ref()?.device.as_ref());
-            let mut there = true;
-            for device in devices {
-                there &= self.link.exists(device).map_err(|error| wrong(error.into()))?;
-            }
+        for (family, name) in kept_tables(&run)?.into_iter().filter(|(_, name)| wanted(name)) {
+            // What former versions filtered by is not put back, and goes with its interface.
+            let table = kept(&table_file(&run, family, &name))?.filter(|_| family != Family::Netdev);
+            let Some(table) = table else { continue };
             let nft = self.nft().map_err(wrong)?;
-            if !there || nft.holds(&table).map_err(|error| wrong(error.into()))? {
+            if nft.holds(&table).map_err(|error| wrong(error.into()))? {
                 continue;
             }
             match nft.apply(&[Change::Replace(table.clone())]) {
@@ -179,30 +175,44 @@ impl Session {
         Ok(restored)
     }
 
-    /// Lets our tables name a device `to` that they named `from`, in the kernel and in their copies. Returns how many did.
+    /// Lets our tables, in the kernel and in their copies, and the filter's record name a device `to` that they named
+    /// `from`. Whether they did.
     ///
     /// # Errors
     ///
     /// When the kernel or the run directory refuses.
-    pub fn rename_in_tables(&mut self, from: &str, to: &str) -> Result<usize, Error> {
+    pub fn rename_kept(&mut self, from: &str, to: &str) -> Result<bool, Error> {
         let wrong = |error: StepFault| Error::Read(Box::new(error));
         let run = self.options.run.clone();
-        let mut renamed = 0;
+        // Somebody else's may have the old name now.
+        if self.link.exists(from).map_err(|error| wrong(error.into()))? {
+            return Ok(false);
+        }
+        let mut renamed = false;
+        if let Some(rules) = filter::kept(&run, from)? {
+            filter::keep(&run, to, Some(&rules)).and_then(|()| filter::keep(&run, from, None)).map_err(wrong)?;
+            renamed = true;
+        }
         for file in names(&run)?.iter().filter(|name| is_table(name)) {
             let path = run.join(file);
             let Some(mut content) = content(&path)?.filter(|content| names_device(content, from)) else { continue };
-            // Somebody else's may have the old name now.
-            if self.link.exists(from).map_err(|error| wrong(error.into()))? {
-                continue;
-            }
             rename_device(&mut content, from, to);
             let Ok(table) = serde_json::from_value::<Table>(content.clone()) else { continue };
             let nft = self.nft().map_err(wrong)?;
             nft.apply(&[Change::Replace(table)]).map_err(|error| wrong(error.into()))?;
             write_whole(&path, &content.to_string()).map_err(wrong)?;
-            renamed += 1;
+            renamed = true;
         }
         Ok(renamed)
+    }
+
+    /// Forgets what filters should be at links that are not there. A link that comes is given its filter anew.
+    ///
+    /// # Errors
+    ///
+    /// When the run directory or the kernel refuses.
+    pub fn forget_gone_filters(&self) -> Result<(), Error> {
+        filter::forget_gone(&self.options.run, &self.link)
     }
 
     /// The names of records that begin like this.
@@ -353,18 +363,22 @@ impl Session {
             Step::AcceptWithin { bridge, family, on } => Ok(self.nft()?.accept_within(bridge, *family, *on)?),
             Step::Record { name, content: Some(content) } => write_whole(&self.file(name), content),
             Step::Record { name, content: None } => remove_optional(&self.file(name)),
-            Step::Ingress { link, table: Some(_) } => match self.link.take(step, mode) {
-                // The kernel does not know clsact or bpf.
-                Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::EOPNOTSUPP)) => {
-                    (self.options.say)(&format!(
-                        "this kernel cannot filter {link} by BPF too (modules sch_ingress and cls_bpf: {error}): whenever \
-                         nftables are flushed, frames pass unfiltered until netback has put the filter back"
-                    ));
-                    write_whole(&self.file(NO_BPF), &error.to_string())
-                }
-                other => Ok(other?),
-            },
+            Step::Filter { link, rules } => self.filter(link, rules.as_ref(), mode),
             _ => Ok(self.link.take(step, mode)?),
+        }
+    }
+
+    /// The record comes first, so that whoever watches filters without the lock (see [`super::FilterGuard`]) goes by what is
+    /// to be.
+    fn filter(&mut self, link: &str, rules: Option<&Rules>, mode: Mode) -> Result<(), StepFault> {
+        filter::keep(&self.options.run, link, rules)?;
+        let gone = mode == Mode::Undo || rules.is_none();
+        if gone && !self.link.exists(link)? {
+            return Ok(());
+        }
+        match rules {
+            Some(rules) => filter::put(&self.options.run, &mut self.link, link, rules, self.options.say),
+            None => Ok(self.link.remove_filter(link)?),
         }
     }
 
@@ -392,15 +406,17 @@ impl Session {
     }
 }
 
-fn table_file(run: &Path, family: Family, name: &str) -> PathBuf {
+pub(super) fn table_file(run: &Path, family: Family, name: &str) -> PathBuf {
     run.join(format!("table-{}-{name}.json", family.name()))
 }
 
 fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Result<State, Error> {
     let wrong = |error: StepFault| Error::Read(Box::new(error));
     let mut state = link.read(what).map_err(|error| wrong(error.into()))?;
-    if run.join(NO_BPF).exists() {
-        state.ingress = None;
+    for name in &what.filters {
+        if let Some(rules) = filter::look(run, link, name)? {
+            state.filters.insert(name.clone(), rules);
+        }
     }
     if let Some(nft) = nft.filter(|_| what.tables) {
         let tables = nft.tables().map_err(|error| wrong(error.into()))?;
@@ -421,8 +437,7 @@ fn read(run: &Path, link: &mut Link, nft: Option<&mut Nft>, what: &What) -> Resu
             state.forward = nft.forward_chains().map_err(|error| wrong(error.into()))?;
         }
         // Those that are to be there, and are not: whoever wants them gone has to forget them too.
-        for file in table_files(run)? {
-            let Some(Table { family, name, .. }) = kept(&run.join(file))? else { continue };
+        for (family, name) in kept_tables(run)? {
             if state.table(family, &name).is_none() {
                 state.tables.push(OurTable { family, name, content: None });
             }
@@ -444,9 +459,13 @@ fn bridge_netfilter() -> Result<[bool; 2], crate::link::Error> {
     Ok([v4?, v6?])
 }
 
-/// The names of the copies of tables.
-fn table_files(run: &Path) -> Result<Vec<String>, Error> {
-    record_names(run, "table-")
+/// The tables of which there are copies.
+fn kept_tables(run: &Path) -> Result<Vec<(Family, String)>, Error> {
+    let named = |file: String| {
+        let (family, name) = file.strip_prefix("table-")?.strip_suffix(".json")?.split_once('-')?;
+        Some((Family::by_name(family)?, name.to_owned()))
+    };
+    Ok(record_names(run, "table-")?.into_iter().filter_map(named).collect())
 }
 
 /// The copy of a table; none where there is none that makes sense.
@@ -472,7 +491,7 @@ pub(super) fn is_named_in_tables(run: &Path, device: &str) -> Result<bool, Error
     Ok(false)
 }
 
-/// Whether a table has this text anywhere: a hook's device, or what a rule compares names with.
+/// Whether a table has this text anywhere: what a rule compares names with.
 fn names_device(content: &serde_json::Value, device: &str) -> bool {
     use serde_json::Value::{Array, Object, String};
     match content {
@@ -534,7 +553,7 @@ pub fn record_names(run: &Path, prefix: &str) -> Result<Vec<String>, Error> {
     Ok(names)
 }
 
-fn names(run: &Path) -> Result<Vec<String>, Error> {
+pub(super) fn names(run: &Path) -> Result<Vec<String>, Error> {
     let error = |source| Error::File { path: run.to_owned(), source };
     let entries = match fs::read_dir(run) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -558,7 +577,7 @@ fn make_dir(dir: &Path) -> Result<(), Error> {
     made.map_err(|source| Error::File { path: dir.to_owned(), source })
 }
 
-fn read_optional(path: &Path) -> Result<Option<String>, Error> {
+pub(super) fn read_optional(path: &Path) -> Result<Option<String>, Error> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -567,7 +586,7 @@ fn read_optional(path: &Path) -> Result<Option<String>, Error> {
 }
 
 /// Writes a file so that it is there as a whole or as it was.
-fn write_whole(path: &Path, content: &str) -> Result<(), StepFault> {
+pub(super) fn write_whole(path: &Path, content: &str) -> Result<(), StepFault> {
     let mut name = path.as_os_str().to_owned();
     name.push(DRAFT);
     let draft = PathBuf::from(name);
@@ -578,7 +597,7 @@ fn write_whole(path: &Path, content: &str) -> Result<(), StepFault> {
         .map_err(|source| StepFault::File { path: path.to_owned(), source })
 }
 
-fn remove_optional(path: &Path) -> Result<(), StepFault> {
+pub(super) fn remove_optional(path: &Path) -> Result<(), StepFault> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(StepFault::File { path: path.to_owned(), source: error })

@@ -15,7 +15,6 @@ use super::links::{
 };
 use super::wire::{Message, link_header, neighbour_header};
 use super::{Error, Link, routes};
-use crate::antispoof;
 use crate::state::{Address, BRIDGE_VLAN_FILTERING, BridgeVlan, Fdb, Kind, Mac, Route};
 use crate::step::Step;
 
@@ -132,14 +131,12 @@ impl Link {
             Step::RemoveBridgeVlan(vlan) => self.bridge_vlan(libc::RTM_DELLINK, vlan),
             Step::AddFdb(entry) => self.fdb(libc::RTM_NEWNEIGH, ACK | libc::NLM_F_CREATE | libc::NLM_F_REPLACE, entry),
             Step::RemoveFdb(entry) => self.fdb(libc::RTM_DELNEIGH, ACK, entry),
-            Step::Ingress { link, table } => {
-                let programs = table.as_ref().map_or(Some(Vec::new()), antispoof::programs);
-                self.set_ingress(link, &programs.ok_or_else(|| Error::NotOurs(step.to_string()))?)
-            }
             Step::Sysctl { path, value } => write_sysctl(path, value),
-            Step::AcceptWithin { .. } | Step::Table(_) | Step::DropTable(..) | Step::Record { .. } => {
-                Err(Error::NotOurs(step.to_string()))
-            }
+            Step::Filter { .. }
+            | Step::AcceptWithin { .. }
+            | Step::Table(_)
+            | Step::DropTable(..)
+            | Step::Record { .. } => Err(Error::NotOurs(step.to_string())),
         }
     }
 
@@ -342,7 +339,6 @@ fn is_so_already(error: &Error, step: &Step) -> bool {
             gone || matches!(error.errno(), Some(libc::ENOENT | libc::ESRCH))
         }
         Step::SetUp { .. }
-        | Step::Ingress { .. }
         | Step::SetMac { .. }
         | Step::SetMtu { .. }
         | Step::SetArp { .. }
@@ -354,6 +350,7 @@ fn is_so_already(error: &Error, step: &Step) -> bool {
         Step::SetMaster { .. }
         | Step::Rename { .. }
         | Step::VlanFiltering { .. }
+        | Step::Filter { .. }
         | Step::AcceptWithin { .. }
         | Step::Table(_)
         | Step::DropTable(..)

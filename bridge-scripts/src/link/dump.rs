@@ -45,16 +45,6 @@ impl Link {
         for dev in wanted {
             self.details(dev, what, &mut state)?;
         }
-        if !what.ingress.is_empty() {
-            let mut found = std::collections::BTreeMap::new();
-            for name in &what.ingress {
-                let Some(index) = self.find(name)? else { continue };
-                if let Some(programs) = self.ingress_programs(index)? {
-                    found.insert(name.clone(), programs);
-                }
-            }
-            state.ingress = Some(found);
-        }
         for path in &what.sysctls {
             if let Some(value) = read_sysctl(path)? {
                 state.sysctls.insert(path.clone(), value);

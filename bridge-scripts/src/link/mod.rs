@@ -8,7 +8,8 @@ mod addresses;
 mod change;
 mod conntrack;
 mod dump;
-mod ingress;
+mod filter;
+mod filters_told;
 mod links;
 mod qdisc;
 mod renames;
@@ -28,7 +29,8 @@ use wire::{Message, attrs, text, u16_at, u32_at};
 pub use change::Mode;
 pub use conntrack::forget_connections;
 pub(crate) use dump::read_sysctl;
-pub(crate) use ingress::fingerprint_of;
+pub(crate) use filter::placed;
+pub(crate) use filters_told::{FiltersTold, Touched};
 pub use renames::{Renamed, Renames};
 
 /// Bytes of room for one answer of the kernel. It never sends more than 32 KiB at a time in a dump.
@@ -52,6 +54,17 @@ pub enum Error {
         errno: i32,
         /// What it says about it, if anything.
         text: Option<String>,
+    },
+    /// A kernel that cannot filter.
+    #[error(
+        "this kernel cannot filter what {link} sends ({source}): it needs the modules sch_ingress and cls_bpf. Load them, or \
+         say antispoof=off, and the guest may send anything"
+    )]
+    NoFilter {
+        /// The link.
+        link: String,
+        /// What the kernel says.
+        source: Box<Error>,
     },
     /// There is no such link.
     #[error("there is no network device {0:?}: `ip link` shows those there are")]
@@ -78,6 +91,7 @@ impl Error {
         match self {
             Self::Kernel { errno, .. } => Some(*errno),
             Self::NoLink(_) => Some(libc::ENODEV),
+            Self::NoFilter { source, .. } => source.errno(),
             Self::Sysctl { source, .. } | Self::Socket(source) => source.raw_os_error(),
             _ => None,
         }
@@ -129,6 +143,13 @@ impl Link {
         Ok(self.find(name)?.is_some())
     }
 
+    /// Whether a link is switched on; one that is not there is not.
+    pub(crate) fn is_up(&mut self, name: &str) -> Result<bool, Error> {
+        let Some(index) = self.find(name)? else { return Ok(false) };
+        let reply = self.get(Message::new(libc::RTM_GETLINK, 0, &wire::link_header(0, index, 0, 0)))?;
+        Ok(reply.as_deref().and_then(links::parse).is_some_and(|told| told.state.up))
+    }
+
     /// The index of a link by its name, if there is one.
     fn find(&self, name: &str) -> Result<Option<u32>, Error> {
         match rustix::net::netdevice::name_to_index(self.fd(), name) {
@@ -139,7 +160,7 @@ impl Link {
     }
 
     /// The name of a link by its index; `None` if it has just gone.
-    fn name(&mut self, index: u32) -> Result<Option<String>, Error> {
+    pub(crate) fn name(&mut self, index: u32) -> Result<Option<String>, Error> {
         if let Some(name) = self.names.get(&index) {
             return Ok(Some(name.clone()));
         }

@@ -23,8 +23,6 @@ pub struct Renamed {
     pub from: String,
     /// The name it has.
     pub to: String,
-    /// Whether it was on when it was renamed.
-    pub up: bool,
 }
 
 /// Watches the names of links that come after this was made.
@@ -88,8 +86,7 @@ fn taken(names: &mut HashMap<u32, String>, mut bytes: &[u8]) -> Vec<Renamed> {
         let name = attrs(&body[LINK_HEADER..]).find(|(kind, _)| *kind == IFLA_IFNAME).map(|(_, value)| text(value));
         let (libc::RTM_NEWLINK, Some(to)) = (kind, name) else { continue };
         if let Some(from) = names.insert(index, to.clone()).filter(|from| *from != to) {
-            let up = u32_at(body, 8) & libc::IFF_UP.cast_unsigned() != 0;
-            renamed.push(Renamed { from, to, up });
+            renamed.push(Renamed { from, to });
         }
     }
     renamed
@@ -100,11 +97,10 @@ mod tests {
     use super::*;
     use crate::link::wire::Message;
 
-    fn told(kind: u16, family: u8, index: u32, flags: u32, name: &str) -> Vec<u8> {
+    fn told(kind: u16, family: u8, index: u32, name: &str) -> Vec<u8> {
         let mut fixed = [0; LINK_HEADER];
         fixed[0] = family;
         fixed[4..8].copy_from_slice(&index.to_ne_bytes());
-        fixed[8..12].copy_from_slice(&flags.to_ne_bytes());
         let mut message = Message::new(kind, 0, &fixed);
         message.text(IFLA_IFNAME, name);
         message.finish(7)
@@ -115,18 +111,18 @@ mod tests {
         let mut names = HashMap::new();
         let new = libc::RTM_NEWLINK;
         let all = [
-            told(new, 0, 5, 0, "vif1.0"),
-            told(new, 0, 5, 1, "vif1.0"),
-            told(new, 7, 5, 1, "port"),
-            told(new, 0, 6, 1, "other"),
-            told(new, 0, 5, 1, "web"),
+            told(new, 0, 5, "vif1.0"),
+            told(new, 0, 5, "vif1.0"),
+            told(new, 7, 5, "port"),
+            told(new, 0, 6, "other"),
+            told(new, 0, 5, "web"),
         ]
         .concat();
-        let renamed = |from: &str, to: &str, up| Renamed { from: from.into(), to: to.into(), up };
-        assert_eq!(taken(&mut names, &all), [renamed("vif1.0", "web", true)]);
-        assert_eq!(taken(&mut names, &told(new, 0, 5, 0, "shop")), [renamed("web", "shop", false)]);
+        let renamed = |from: &str, to: &str| Renamed { from: from.into(), to: to.into() };
+        assert_eq!(taken(&mut names, &all), [renamed("vif1.0", "web")]);
+        assert_eq!(taken(&mut names, &told(new, 0, 5, "shop")), [renamed("web", "shop")]);
         // The number is another link's now.
-        let again = [told(libc::RTM_DELLINK, 0, 5, 0, "shop"), told(new, 0, 5, 0, "vif2.0")].concat();
+        let again = [told(libc::RTM_DELLINK, 0, 5, "shop"), told(new, 0, 5, "vif2.0")].concat();
         assert_eq!(taken(&mut names, &again), []);
         assert_eq!(taken(&mut names, &all[..40]), []);
     }

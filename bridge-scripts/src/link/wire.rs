@@ -47,6 +47,10 @@ impl Message {
         self.attr(kind, &value.to_ne_bytes())
     }
 
+    pub(super) fn u64(&mut self, kind: u16, value: u64) -> &mut Self {
+        self.attr(kind, &value.to_ne_bytes())
+    }
+
     pub(super) fn u16(&mut self, kind: u16, value: u16) -> &mut Self {
         self.attr(kind, &value.to_ne_bytes())
     }
@@ -147,6 +151,10 @@ impl<'a> ValueOf<'a> for netlink_packet_core::NlaBuffer<&'a [u8]> {
 
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes)
+}
+
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..at + 8).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_ne_bytes)
 }
 
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> u16 {

@@ -196,7 +196,9 @@ pub fn run(program: Program, words: &[String], options: Options, print: &mut dyn
 /// `--plan` and `status`: nothing is changed, not even an interrupted run repaired.
 fn look(words: &Words, request: &mut Request, run: &Path, print: &mut dyn FnMut(&str)) -> Result<(), Refusal> {
     let names = record_names(run)?;
-    let state = read_all(&mut |what| crate::apply::look(run, what), &names)?;
+    let filters = crate::apply::filtered(run)?;
+    let look = &mut |what: &What| crate::apply::look(run, &What { filters: filters.clone(), ..what.clone() });
+    let state = read_all(look, &names)?;
     if let Some(title) = crate::apply::interrupted(run)? {
         print(&format!("{title:?} was interrupted: the next program that changes something takes it back first"));
     }

@@ -73,7 +73,7 @@ fn row(state: &State, name: &str, link: &LinkState) -> Vec<String> {
 
 /// Whether the kernel has the filter of a port as we made it.
 fn is_filtered(state: &State, port: &str) -> bool {
-    state.tables.iter().any(|table| table.name == format!("xen-{port}") && table.content.is_some())
+    state.filters.get(port).is_some_and(Option::is_some)
 }
 
 /// Columns as wide as they need.

@@ -8,9 +8,9 @@ use netlink_packet_netfilter::nftables::{
 };
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 
-use super::expression::{self, bytes_of};
-use super::set::number;
+use super::expression;
 use super::{Chain, Family, Hook, HookPoint, Policy, Rule, Set, SetKind, Table};
+use crate::ranges::{bytes_of, number};
 
 /// A message, the netlink flags it needs beside NLM_F_REQUEST, and what it is about, for an error.
 pub(super) struct Part<'a> {

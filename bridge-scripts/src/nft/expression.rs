@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use super::attributes::Attributes;
 use super::field::{Needs, Place};
 use super::{Action, Base, CtState, Family, Field, Match, Op, Rule, Table, Value};
+use crate::ranges::{bytes_of, masked};
 
 /// The expressions of a rule: what is in NFTA_RULE_EXPRESSIONS.
 pub(super) fn of(table: &Table, rule: &Rule) -> Vec<u8> {
@@ -94,13 +95,13 @@ impl Writer {
             }
             Match::Network { field, not, network, prefix } => {
                 self.needs(table.family, *field);
-                let (data, _) = self.load(*field, &Value::Ip(super::show::masked(*network, *prefix)));
+                let (data, _) = self.load(*field, &Value::Ip(masked(*network, *prefix)));
                 let ones: IpAddr = match network {
                     IpAddr::V4(_) => std::net::Ipv4Addr::BROADCAST.into(),
                     IpAddr::V6(_) => std::net::Ipv6Addr::from_bits(u128::MAX).into(),
                 };
                 if u16::from(*prefix) < field.bits() {
-                    self.mask(&bytes_of(super::show::masked(ones, *prefix)));
+                    self.mask(&bytes_of(masked(ones, *prefix)));
                 }
                 self.compare(if *not { Op::Ne } else { Op::Eq }, &data);
             }
@@ -281,13 +282,13 @@ impl CtState {
 }
 
 /// The bytes around some bits: the first, and how many.
-pub(super) fn span(offset: u16, bits: u16) -> (u16, u16) {
+fn span(offset: u16, bits: u16) -> (u16, u16) {
     let first = offset / 8;
     (first, (offset + bits).div_ceil(8) - first)
 }
 
 /// A value in the bytes that [`Writer::fetch`] brings for this field.
-pub(super) fn placed(field: Field, value: &Value) -> Vec<u8> {
+fn placed(field: Field, value: &Value) -> Vec<u8> {
     let (bytes, shift) = match field.layout().place {
         Place::Meta(_, bytes) => (bytes, 0),
         Place::Payload(_, offset, bits) => {
@@ -308,12 +309,5 @@ pub(super) fn placed(field: Field, value: &Value) -> Vec<u8> {
             data.resize(bytes.into(), 0);
             data
         }
-    }
-}
-
-pub(super) fn bytes_of(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().into(),
-        IpAddr::V6(address) => address.octets().into(),
     }
 }

@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 
 use super::encode::family_number;
-use super::expression::{self, bytes_of};
-use super::set::number;
+use super::expression;
 use super::socket::{Dumped, Error, Nft};
 use super::{Chain, Family, Hook, Policy, Set, Table};
+use crate::ranges::{bytes_of, number};
 
 /// NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSETELEM of linux/netfilter/nf_tables.h.
 const GET_CHAIN: u16 = 4;

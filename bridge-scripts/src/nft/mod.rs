@@ -9,7 +9,6 @@
 //! * [`Nft`] sends changes as one batch, which the kernel applies whole or not at all.
 
 mod attributes;
-pub mod bpf;
 mod check;
 mod encode;
 mod expression;
@@ -50,6 +49,12 @@ pub enum Family {
 }
 
 impl Family {
+    /// The family of this name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        let all = [Self::Netdev, Self::Bridge, Self::Inet, Self::Ip, Self::Ip6, Self::Arp];
+        all.into_iter().find(|family| family.name() == name)
+    }
+
     /// nft's word for it.
     pub fn name(self) -> &'static str {
         match self {

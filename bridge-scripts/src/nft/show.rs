@@ -1,13 +1,14 @@
 //! Tables in nft's syntax.
 
 use std::fmt::{self, Display, Formatter};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use super::field::{Place, Style};
 use super::{
     Action, Chain, CtState, Family, Field, Hook, HookKind, HookPoint, Match, Op, Policy, Rule, Set, SetKind, Table,
     Value,
 };
+use crate::ranges::{masked, number};
 
 impl Display for Family {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -49,7 +50,7 @@ impl Display for Set {
 
 /// An address, a network if the range is one, else the range.
 fn range(first: IpAddr, last: IpAddr) -> String {
-    let (low, high) = (super::set::number(first), super::set::number(last));
+    let (low, high) = (number(first), number(last));
     if low == high {
         return first.to_string();
     }
@@ -160,16 +161,6 @@ impl Display for Match {
                 write!(f, "limit rate {}{rate}/second burst {burst} packets", if *over { "over " } else { "" })
             }
         }
-    }
-}
-
-/// A network's address, without host bits.
-pub(super) fn masked(address: IpAddr, prefix: u8) -> IpAddr {
-    let mask = |bits: u8| if prefix == 0 { 0 } else { u128::MAX << (u32::from(bits).saturating_sub(prefix.into())) };
-    match address {
-        #[allow(clippy::cast_possible_truncation, reason = "the lower 32 bits are the mask")]
-        IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() & mask(32) as u32).into(),
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & mask(128)).into(),
     }
 }
 

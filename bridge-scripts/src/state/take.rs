@@ -1,8 +1,8 @@
 //! A step carried out on paper, and questions to a [`State`].
 
 use super::{Address, Kind, LinkState, OurTable, PortFlags, State};
+use crate::nft;
 use crate::step::Step;
-use crate::{antispoof, nft};
 
 /// IFLA_BR_VLAN_FILTERING of linux/if_link.h.
 pub(crate) const BRIDGE_VLAN_FILTERING: u16 = 7;
@@ -126,13 +126,11 @@ impl State {
                     }
                 }
             }
-            Step::Ingress { link, table } => {
-                if let Some(ingress) = &mut self.ingress {
-                    match table.as_ref().and_then(antispoof::fingerprint) {
-                        Some(programs) => ingress.insert(link.clone(), programs),
-                        None => ingress.remove(link),
-                    };
-                }
+            Step::Filter { link, rules: Some(rules) } => {
+                self.filters.insert(link.clone(), Some(rules.clone()));
+            }
+            Step::Filter { link, rules: None } => {
+                self.filters.remove(link);
             }
             Step::Sysctl { path, value } => {
                 self.sysctls.insert(path.clone(), value.clone());
@@ -178,7 +176,7 @@ impl State {
         self.neighbours.retain(|neighbour| neighbour.dev != name);
         self.fdb.retain(|entry| entry.dev != name);
         self.vlans.retain(|vlan| vlan.dev != name);
-        self.ingress.as_mut().map(|ingress| ingress.remove(name));
+        self.filters.remove(name);
         self.sysctls.retain(|path, _| path.split('/').nth(3) != Some(name));
         for link in self.links.values_mut() {
             if link.master.as_deref() == Some(name) {
@@ -215,10 +213,8 @@ impl State {
         self.neighbours.iter_mut().for_each(|neighbour| change(&mut neighbour.dev));
         self.fdb.iter_mut().for_each(|entry| change(&mut entry.dev));
         self.vlans.iter_mut().for_each(|vlan| change(&mut vlan.dev));
-        if let Some(ingress) = &mut self.ingress
-            && let Some(programs) = ingress.remove(from)
-        {
-            ingress.insert(to.to_owned(), programs);
+        if let Some(rules) = self.filters.remove(from) {
+            self.filters.insert(to.to_owned(), rules);
         }
         let renamed = |path: String| {
             let mut parts: Vec<&str> = path.split('/').collect();

@@ -225,6 +225,9 @@ impl Request<'_> {
         let mut session = Session::open(self.options.clone())?;
         let (mut plan, before, settings) = self.plan(store, script, &mut session)?;
         session.apply(&plan, &before)?;
+        if !self.event.comes() {
+            session.forget_gone_filters()?;
+        }
         if settings.script != Script::Bridge && !plan.is_empty() {
             let of = hands::changing(&settings, self.event.comes(), &before);
             if let Err(error) = crate::link::forget_connections(&of) {
@@ -331,7 +334,7 @@ fn read(session: &mut Session, settings: &Settings) -> Result<State, Error> {
         neighbours: settings.script != Script::Bridge,
         routes: settings.script != Script::Bridge,
         tables: true,
-        ingress: vec![settings.vif.clone(), settings.name.clone()],
+        filters: vec![settings.vif.clone(), settings.name.clone()],
         vlans: settings.vlans.is_some(),
         records: vec![record_name(&settings.vif), dnsmasq::HOSTS.to_owned(), dnsmasq::CONF.to_owned()],
         ..What::default()

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use super::settings::Settings;
 use super::{Error, Script, dnsmasq, forward, nat, pair, route};
-use crate::antispoof::{self, Rules};
+use crate::antispoof::Rules;
 use crate::nft::{Family, Table};
 use crate::plan::Plan;
 use crate::state::{BridgeVlan, Fdb, LinkState, Mac, PortFlags, Route, State};
@@ -69,10 +69,20 @@ impl Draft<'_> {
         }
     }
 
-    /// Takes away the BPF programs of the interface, which is called `name` by now.
-    fn drop_ingress(&mut self, name: &str) {
-        if self.before.ingress.as_ref().is_some_and(|ingress| ingress.contains_key(&self.was)) {
-            self.push(Step::Ingress { link: name.to_owned(), table: None });
+    /// Takes away the filter of the interface, which is called `name` by now.
+    fn drop_filter(&mut self, name: &str) {
+        if self.before.filters.contains_key(&self.was) {
+            self.push(Step::Filter { link: name.to_owned(), rules: None });
+        }
+    }
+
+    /// Takes away the table in which former versions had the filter.
+    fn drop_filter_table(&mut self) {
+        for name in [self.settings.name.clone(), self.settings.vif.clone()] {
+            let name = format!("xen-{name}");
+            if !self.steps.contains(&Step::DropTable(Family::Netdev, name.clone())) {
+                self.drop_table(Family::Netdev, &name);
+            }
         }
     }
 
@@ -155,7 +165,8 @@ pub fn online(settings: &Settings, before: &State) -> Result<Plan, Error> {
 /// Takes an interface offline; one that is gone already leaves rules, routes of others and records behind, which are
 /// removed too.
 pub fn offline(settings: &Settings, before: &State) -> Plan {
-    let name = [&settings.name, &settings.vif].into_iter().find(|name| before.links.contains_key(*name));
+    let names = [&settings.name, &settings.vif];
+    let name = names.into_iter().find(|name| before.links.contains_key(*name));
     let was = name.unwrap_or(&settings.name).clone();
     let mut draft = Draft { settings, before, was: was.clone(), steps: Vec::new(), notes: Vec::new(), old: None };
     if let Some(link) = before.links.get(&was) {
@@ -165,13 +176,18 @@ pub fn offline(settings: &Settings, before: &State) -> Plan {
         if link.up {
             draft.push(Step::SetUp { link: was.clone(), up: false });
         }
-        draft.drop_ingress(&was);
         if settings.script == Script::Bridge {
             let entries = before.fdb.iter().filter(|entry| entry.dev == was && entry.mac == settings.mac).cloned();
             draft.steps.extend(entries.map(Step::RemoveFdb));
             if link.master.is_some() {
                 draft.push(Step::SetMaster { link: was, master: None });
             }
+        }
+    }
+    for name in names.into_iter().filter(|name| before.filters.contains_key(*name)) {
+        let step = Step::Filter { link: name.clone(), rules: None };
+        if !draft.steps.contains(&step) {
+            draft.push(step);
         }
     }
     if draft.was == settings.name && settings.name != settings.vif && before.links.contains_key(&settings.name) {
@@ -183,14 +199,13 @@ pub fn offline(settings: &Settings, before: &State) -> Plan {
         nat::forget(&mut draft);
         dnsmasq::forget(&mut draft);
     }
-    for name in [&settings.name, &settings.vif] {
-        let tables = [(Family::Netdev, antispoof::table_name(name)), (Family::Inet, route::own_table_name(name))];
-        for (family, table) in tables {
-            if !draft.steps.contains(&Step::DropTable(family, table.clone())) {
-                draft.drop_table(family, &table);
-            }
+    for name in names {
+        let table = route::own_table_name(name);
+        if !draft.steps.contains(&Step::DropTable(Family::Inet, table.clone())) {
+            draft.drop_table(Family::Inet, &table);
         }
     }
+    draft.drop_filter_table();
     forward::offline(&mut draft);
     let record = record_name(&settings.vif);
     if before.records.contains_key(&record) {
@@ -249,8 +264,8 @@ fn filter(draft: &mut Draft<'_>) {
             "WARNING: antispoof=off: domain {} can send from any address on {}, advertise routers and answer DHCP",
             settings.domid, settings.name
         ));
-        draft.drop_ingress(&settings.name);
-        draft.drop_table(Family::Netdev, &antispoof::table_name(&settings.name));
+        draft.drop_filter(&settings.name);
+        draft.drop_filter_table();
         draft.drop_table(Family::Inet, &route::own_table_name(&settings.name));
         return;
     }
@@ -262,14 +277,10 @@ fn filter(draft: &mut Draft<'_>) {
     if let Some(vlans) = &settings.vlans {
         rules.vlans.tagged = vlans.tagged_ranges();
     }
-    let table = antispoof::table(&settings.name, &rules);
-    // Before the table: what takes it back has to know the former one.
-    if let Some(ingress) = &draft.before.ingress
-        && ingress.get(&draft.was).copied() != antispoof::fingerprint(&table)
-    {
-        draft.push(Step::Ingress { link: settings.name.clone(), table: Some(table.clone()) });
+    if draft.before.filters.get(&draft.was).and_then(Option::as_ref) != Some(&rules) {
+        draft.push(Step::Filter { link: settings.name.clone(), rules: Some(rules) });
     }
-    draft.table(table);
+    draft.drop_filter_table();
 }
 
 /// The bridge of an interface: the one that is named; if none is, xenbr0 as xl has it, or the machine's first; `ethN` for an `xenbrN` that does

@@ -11,7 +11,9 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bridge_scripts::apply::Options;
+use bridge_scripts::antispoof::Rules;
+use bridge_scripts::apply::{Options, look};
+use bridge_scripts::state::What;
 use bridge_scripts::vif::{self, Event};
 use hypervisor::emu::{Limits, Machine, Running};
 use xenstore_client::Store;
@@ -139,8 +141,21 @@ pub(crate) fn now() -> String {
         sorted(sh("ip neigh show proxy")),
         sorted(sh("ip -6 neigh show proxy")),
         tables(&sh("nft list ruleset")),
+        filters(),
     ];
     parts.join("\n")
+}
+
+/// What is at the ingress of devices, in the order of their names.
+fn filters() -> String {
+    let qdiscs = sh("tc qdisc show");
+    let mut devices: Vec<&str> =
+        qdiscs.lines().filter_map(|line| line.strip_prefix("qdisc clsact ffff: dev ")?.split(' ').next()).collect();
+    devices.sort_unstable();
+    let of = |device: &&str| {
+        format!("{device}: {}", try_sh(&format!("tc filter show dev {device} ingress")).unwrap_or_default())
+    };
+    devices.iter().map(of).collect()
 }
 
 /// Tables in one order: a table that is put back is listed last.
@@ -288,15 +303,22 @@ impl Scene {
         std::fs::write(self.dir.path().join("settings"), text).unwrap();
     }
 
+    /// What an interface may send, where the kernel has just the filter that these rules make.
+    pub(crate) fn rules(&self, device: &str) -> Option<Rules> {
+        let what = What { filters: vec![device.to_owned()], ..What::links::<&str>([]) };
+        look(&self.run(), &what).unwrap().filters.remove(device)?
+    }
+
     /// No rules, routes and records of interfaces are left.
     #[track_caller]
     pub(crate) fn nothing_left(&self) {
+        assert_eq!(filters(), "");
         let tables = sh("nft list tables");
         assert!(!tables.contains("xen-"), "{tables}");
         let files =
             std::fs::read_dir(self.run()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let left: Vec<String> =
-            files.filter(|name| !["lock", "dnsmasq-hosts", "no-bpf"].contains(&name.as_str())).collect();
+            files.filter(|name| !["lock", "dnsmasq-hosts", "no-act_police"].contains(&name.as_str())).collect();
         assert_eq!(left, Vec::<String>::new());
     }
 }

@@ -2,8 +2,7 @@
 
 use std::rc::Rc;
 
-use bridge_scripts::nft::{Change, Family, Nft};
-use bridge_scripts::{antispoof, vif};
+use bridge_scripts::{apply, vif};
 use hypervisor::PAGE_SIZE;
 use hypervisor::memory::{IoList, Mapping};
 use xenstore_client::xenbus::Fault;
@@ -31,13 +30,12 @@ impl Vif {
         std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>().map_err(|error| tap_fault(&error))
     }
 
-    /// Removes the filter of an interface that is gone: nftables keep what was bound to it. libxl's hotplug program does
-    /// so too, but nobody runs it when a domain and its toolstack vanish together.
+    /// Forgets the filter of an interface that is gone. libxl's hotplug program does so too, but nobody runs it when a
+    /// domain and its toolstack vanish together.
     pub(super) fn forget_filter(&self, interface: &str) {
         let names = [interface.to_owned(), self.name()];
-        let changes = names.map(|name| Change::Delete(Family::Netdev, antispoof::table_name(&name)));
-        if let Err(error) = Nft::open().and_then(|mut nft| nft.apply(&changes)) {
-            tracing::debug!(device = %self.id.backend_path, %error, "the filter cannot be removed");
+        if let Err(error) = apply::forget_filters(&apply::Options::default(), &names) {
+            tracing::debug!(device = %self.id.backend_path, %error, "the filter cannot be forgotten");
         }
     }
 

@@ -65,8 +65,8 @@ pub fn tables() -> Vec<String> {
 /// What is left of interfaces in the kernel and in XenStore: nothing.
 pub fn assert_nothing_left(dom0: &Dom0, links_before: &[String]) {
     // The backend lets go of a link once its device is closed, which is all that is waited for when one is detached.
-    let left = || (dom0.traces(), tables(), links());
-    let nothing = (vec![], vec![], links_before.to_vec());
+    let left = || (dom0.traces(), tables(), dom0.filters(), links());
+    let nothing = (vec![], vec![], vec![], links_before.to_vec());
     let began = Instant::now();
     while left() != nothing && began.elapsed() < PATIENCE {
         std::thread::sleep(Duration::from_millis(5));
@@ -185,6 +185,13 @@ impl Dom0 {
         let domains = below("/local/domain".to_owned());
         let fronts = domains.flat_map(|domain| below(format!("{domain}/device/vif")).collect::<Vec<_>>());
         below("/local/domain/0/backend/vif".to_owned()).chain(fronts).collect()
+    }
+
+    /// Names of the records of filters.
+    pub fn filters(&self) -> Vec<String> {
+        let files = std::fs::read_dir(self.folder.path().join("run")).into_iter().flatten();
+        let names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("filter-")).collect()
     }
 
     /// Kills the service in the middle of whatever it does, and waits for its end.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from cells import Report
@@ -33,6 +32,9 @@ class Guest:
         """Counts what arrives here from the forged address."""
         sh(f"ip netns exec {self.netns} nft 'add table ip probe; add chain ip probe seen {{ type filter hook prerouting"
            f" priority -300; }}; add rule ip probe seen ip saddr {FORGED} counter'")
+
+    def filter(self) -> str:
+        return run(["tc", "-s", "filter", "show", "dev", self.vif, "ingress"]).stdout
 
     def forged(self) -> int:
         listed = sh(f"ip netns exec {self.netns} nft list table ip probe")
@@ -100,7 +102,7 @@ class Network:
         self.works()
         passed = self.second.forged() - before
         if passed:
-            raise Failed(f"{passed} packets with a forged address got through; nft: {last_words(run(['nft', 'list', 'ruleset']).stdout, 200)}")
+            raise Failed(f"{passed} packets with a forged address got through; tc: {last_words(self.first.filter(), 200)}")
 
     def end(self, report: Report) -> None:
         with report.step("detach"):
@@ -144,24 +146,101 @@ def restarted(media: Media, folder: Path, report: Report) -> None:
 
 
 def flushed(media: Media, folder: Path, report: Report) -> None:
-    """`nft flush ruleset`, as Debian's nftables.service does at each reload."""
+    """`nft flush ruleset`, as Debian's nftables.service does at each reload: of no concern to the filter."""
     network = Network(folder)
     with report.step("before"):
         network.filters()
     with report.step("flush"):
         sh("nft flush ruleset")
-        began = time.monotonic()
-        becomes("the filter is back by itself", lambda: network.first.vif in run(["nft", "list", "ruleset"]).stdout, 20)
-        report.facts["seconds until it is back"] = round(time.monotonic() - began, 1)
         network.filters()
     network.end(report)
+
+
+def deleted(media: Media, folder: Path, report: Report) -> None:
+    """Somebody deletes the filter at the device, and a part of it."""
+    network = Network(folder)
+    for what in ("qdisc del dev {} clsact", "filter del dev {} ingress prio 4"):
+        with report.step(what.format("vif")):
+            before = network.first.filter().count("jited")
+            sh("tc " + what.format(network.first.vif))
+            becomes("the filter is back by itself", lambda: network.first.filter().count("jited") == before, 20)
+            network.filters()
+    network.end(report)
+
+
+#: Sends ARP requests for itself as fast as it can for some seconds, and prints how many, and how long it took.
+FLOOD = """
+import socket, sys, time
+mac, own = bytes.fromhex(sys.argv[1].replace(":", "")), socket.inet_aton(sys.argv[2])
+arp = bytes.fromhex("0001080006040001") + mac + own + bytes(6) + socket.inet_aton("10.0.0.99")
+out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+out.bind(("eth0", 0))
+began, sent = time.monotonic(), 0
+while time.monotonic() - began < 10:
+    try:
+        sent += out.send(bytes([255] * 6) + mac + bytes.fromhex("0806") + arp) > 0
+    except BlockingIOError:
+        pass
+print(sent, time.monotonic() - began)
+"""
+
+
+def limited(media: Media, folder: Path, report: Report) -> None:
+    """A guest that floods the network with ARP: no more than the limit arrives, and honest traffic goes on."""
+    network = Network(folder)
+    first, second = network.first, network.second
+    sh(f"ip netns exec {second.netns} nft 'add table arp flood; add chain arp flood seen {{ type filter hook input priority 0; }}; "
+       "add rule arp flood seen arp daddr ip 10.0.0.99 counter'")
+    with report.step("before"):
+        network.works()
+    with report.step("flood"):
+        (folder / "flood.py").write_text(FLOOD)
+        sent, seconds = sh(f"ip netns exec {first.netns} python3 {folder}/flood.py {first.mac} {first.address}").split()
+        # Behind the flood, on the same way: when it has come, all that was to come has.
+        network.works()
+        listed = sh(f"ip netns exec {second.netns} nft list table arp flood")
+        arrived = int(listed.split("packets ")[1].split()[0])
+        report.facts["ARP sent, arrived"] = f"{sent} in {float(seconds):.0f} s, {arrived}"
+        # 500 a second, and two seconds' worth at once; a little more while the last ones were on their way.
+        most = 500 * (float(seconds) + 2) * 1.25
+        if int(sent) < 2 * most:
+            raise Failed(f"only {sent} frames were sent: this cell shows nothing")
+        if not 100 < arrived < most:
+            raise Failed(f"{arrived} of {sent} frames arrived, {most:.0f} may; tc: {last_words(first.filter(), 400)}")
+    with report.step("afterwards"):
+        network.filters()
+    network.end(report)
+
+
+def unfilterable(media: Media, folder: Path, report: Report) -> None:
+    """A kernel without cls_bpf: no guest gets on the network, and it is said why."""
+    with report.step("attach is refused"):
+        ban = Path("/etc/modprobe.d/no-cls_bpf.conf")
+        ban.write_text("install cls_bpf /bin/false\n")
+        try:
+            sh("modprobe -r cls_bpf")
+            try:
+                Network(folder)
+            except Failed as failed:
+                if "sch_ingress and cls_bpf" not in str(failed):
+                    raise
+                report.facts["said"] = last_words(str(failed), 200)
+            else:
+                raise Failed("a guest is on the network without a filter")
+            up = [line for line in sh("ip -o link").splitlines() if ": vif" in line and ",UP" in line]
+            if up:
+                raise Failed(f"an interface without a filter is on: {up}")
+        finally:
+            ban.unlink()
 
 
 def reloaded(media: Media, folder: Path, report: Report) -> None:
     """What `nft list ruleset` prints can be loaded again, and still filters."""
     network = Network(folder)
     with report.step("list and check"):
-        sh("nft list ruleset > /run/rules; nft -c -f /run/rules")
+        # For guests on a bridge nothing of ours is in nftables; for others there is.
+        network.command("bridge-scripts", "network-nat", "start", "netdev=xenbr0")
+        sh("nft list ruleset > /run/rules; nft -c -f /run/rules; grep -q masquerade /run/rules")
     with report.step("flush and load"):
         sh("{ echo flush ruleset; cat /run/rules; } > /run/rules.all; nft -f /run/rules.all")
         network.filters()
@@ -195,6 +274,9 @@ NETWORK = {
     "filter": filtered,
     "filter after a kill": restarted,
     "filter after nft flush ruleset": flushed,
+    "filter deleted by tc": deleted,
+    "rate": limited,
+    "no cls_bpf": unfilterable,
     "nft list ruleset, loaded again": reloaded,
     "br_netfilter, FORWARD drops": forward_dropped,
 }

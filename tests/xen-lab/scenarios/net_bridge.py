@@ -95,7 +95,7 @@ def gone(lab: Lab, guest, devid: int) -> None:
     """Nothing of the interface is left: link, forwarding entries, filter, XenStore, and not in the guest either."""
     name, domid = net.vif(guest, devid), guest.domid()
     net.wait_removed(guest, f"eth{devid}")
-    left = lab.sh(f"ip -o link; bridge fdb; nft list tables; xenstore-ls -f /local/domain/0/backend/vif/{domid}; "
+    left = lab.sh(f"ip -o link; bridge fdb; nft list tables; ls /run/bridge-scripts; xenstore-ls -f /local/domain/0/backend/vif/{domid}; "
                   f"xenstore-ls -f /local/domain/{domid}/device/vif; xenstore-ls -f /libxl/{domid}/device/vif")
     found = [line for line in left.splitlines() if name in line or f"/{devid}/" in line]
     assert not found, f"left of {name}: {found}"

@@ -57,7 +57,7 @@ def life(lab: Lab) -> None:
     lab.keep_dmesg(guest)
     guest.destroy()
     lab.wait_gone("nomad")
-    left = lab.sh("ip -o link; bridge fdb; nft list tables; xenstore-ls -f /local/domain/0/backend/vif 2>/dev/null; true")
+    left = lab.sh("ip -o link; bridge fdb; nft list tables; ls /run/bridge-scripts; xenstore-ls -f /local/domain/0/backend/vif 2>/dev/null; true")
     found = [line for line in left.splitlines() if name in line or f"/{name[3:-2]}/" in line]
     assert not found, f"left of {name}: {found}"
 

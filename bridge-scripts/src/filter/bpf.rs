@@ -1,27 +1,21 @@
-//! A table for a device's ingress as programs of classic BPF, which `tc` classifiers run (cls_bpf, with direct action).
-//!
-//! `nft flush ruleset` deletes every table of a machine, and until somebody puts ours back nothing would be filtered. A
-//! program at the device's clsact qdisc is not flushed. It decides as the table does, except that it does not count and
-//! knows no rates; it stands before the table, and both have to let a frame through.
-//!
-//! What the kernel tells of a filter has to fit into one message, so that it can be read back: a table becomes several
-//! programs, one for each [`Section`], tried in order. A program whose answer is "not mine" leaves the frame to the next.
-
-mod assemble;
+//! A filter's parts as programs of classic BPF, which `tc` classifiers run (tc-bpf(8), linux/filter.h).
 
 use std::net::IpAddr;
 
-pub use assemble::Instruction;
-use assemble::{Code, Is, Label};
+use super::assemble::{Code, Instruction, Is, Label};
+use super::field::{Base, Needs, Place};
+use super::{Action, Chain, Field, Match, Op, Rate, Rule, Section, Untranslatable, Value};
+use crate::ranges::{bytes_of, masked};
 
-use super::expression::{bytes_of, placed, span};
-use super::field::{Needs, Place};
-use super::{Action, Base, Chain, Field, Match, Op, Rule, Table, Value};
-
-/// TC_ACT_OK, TC_ACT_SHOT and TC_ACT_UNSPEC of linux/pkt_cls.h.
+/// TC_ACT_OK, TC_ACT_SHOT and TC_ACT_UNSPEC of linux/pkt_cls.h: what becomes of a frame. With the last, the next classifier
+/// is tried.
 const PASS: u32 = 0;
 const DROP: u32 = 2;
 const NOT_MINE: u32 = u32::MAX;
+/// What a program answers that only says whether a frame is meant (cls_bpf without direct action): all ones is yes, and
+/// gives the frame no class.
+const YES: u32 = u32::MAX;
+const NO: u32 = 0;
 
 // SKF_AD_* of linux/filter.h. A VLAN tag is beside the frame by the time a device's ingress sees it.
 const ABOUT_PROTOCOL: u32 = 0;
@@ -37,29 +31,37 @@ const ETHERNET: u32 = 14;
 /// In M\[0\]: whether the IP header is sound, so that the transport header is where it says.
 const SOUND: u32 = 0;
 
-/// A part of a table that becomes a program of its own.
-#[derive(Debug, Clone, Copy)]
-pub struct Section {
-    /// The chain it begins with.
-    pub entry: &'static str,
-    /// The Ethernet type it is for; none for all.
-    pub protocol: Option<u64>,
-    /// IPv6's next header it is for; none for all.
-    pub next: Option<u64>,
-    /// Chains that are left to later sections.
-    pub left: &'static [&'static str],
+/// The program of a section: what becomes of a frame, or that another section says.
+pub(super) fn section(chains: &[Chain], section: Section) -> Result<Vec<Instruction>, Untranslatable> {
+    Writer::new(chains, section).program()
 }
 
-/// The table's programs, one for each section; `None` where something has no counterpart in BPF.
-pub fn programs(table: &Table, sections: &[Section]) -> Option<Vec<Vec<Instruction>>> {
-    sections.iter().map(|section| Writer::new(table, *section).program()).collect()
+/// The program that says whether a frame is one of those that may only come so often.
+pub(super) fn rate(rate: &Rate) -> Result<Vec<Instruction>, Untranslatable> {
+    let mut writer = Writer::new(&[], Section { entry: "", protocol: rate.protocol, next: None, left: &[] });
+    let no = writer.code.label();
+    let program = writer.prologue(NO).and_then(|()| {
+        rate.matches.iter().try_for_each(|part| writer.condition(part, no))?;
+        writer.code.answer(YES);
+        writer.code.mark(no);
+        writer.code.answer(NO);
+        writer.code.finish()
+    });
+    program.ok_or_else(|| Untranslatable(format!("the rate of {:?}", rate.matches)))
+}
+
+/// The program that drops everything.
+pub(super) fn drop_all() -> Vec<Instruction> {
+    let mut code = Code::default();
+    code.answer(DROP);
+    code.finish().unwrap_or_default()
 }
 
 struct Writer<'a> {
-    table: &'a Table,
+    chains: &'a [Chain],
     section: Section,
     code: Code,
-    chains: Vec<(&'a str, Label)>,
+    labels: Vec<Label>,
     /// How many bytes the rule at work knows to be there.
     known: u32,
 }
@@ -72,52 +74,59 @@ enum Source {
 }
 
 impl<'a> Writer<'a> {
-    fn new(table: &'a Table, section: Section) -> Self {
+    fn new(chains: &'a [Chain], section: Section) -> Self {
         let mut code = Code::default();
-        let chains = table.chains.iter().map(|chain| (chain.name.as_str(), code.label())).collect();
-        Self { table, section, code, chains, known: 0 }
+        let labels = chains.iter().map(|_| code.label()).collect();
+        Self { chains, section, code, labels, known: 0 }
     }
 
-    fn program(mut self) -> Option<Vec<Instruction>> {
-        let table = self.table;
-        if let Some(protocol) = self.section.protocol {
-            let other = self.code.label();
-            let mine = self.code.label();
-            self.code.load_about(ABOUT_PROTOCOL);
-            self.code.unless(Is::Equal, u32::try_from(protocol).ok()?, other);
-            if let Some(next) = self.section.next {
-                self.code.load_length();
-                self.code.unless(Is::AtLeast, ETHERNET + 7, other);
-                self.code.load(ETHERNET + 6, 1, false);
-                self.code.unless(Is::Equal, u32::try_from(next).ok()?, other);
-            }
-            self.code.jump(mine);
-            self.code.mark(other);
-            self.code.answer(NOT_MINE);
-            self.code.mark(mine);
-            match protocol {
-                IP => self.look_at_ip4(),
-                IP6 => self.look_at_ip6(),
-                _ => {}
-            }
-        }
+    fn program(mut self) -> Result<Vec<Instruction>, Untranslatable> {
+        let entry = self.section.entry;
+        let whole = || Untranslatable(format!("the section {entry}"));
+        self.prologue(NOT_MINE).ok_or_else(whole)?;
         let mut reached = vec![self.section.entry];
-        for chain in &table.chains {
-            if reached.contains(&chain.name.as_str()) {
-                let label = self.label_of(&chain.name)?;
-                self.code.mark(label);
-                self.chain(chain, &mut reached)?;
+        for (index, chain) in self.chains.iter().enumerate() {
+            if reached.contains(&chain.name) {
+                self.code.mark(self.labels[index]);
+                for rule in &chain.rules {
+                    let told = self.rule(rule, &mut reached);
+                    told.ok_or_else(|| Untranslatable(format!("{}, rule {rule:?}", chain.name)))?;
+                }
+                self.code.answer(DROP);
             }
         }
-        self.code.finish()
+        self.code.finish().ok_or_else(whole)
+    }
+
+    /// Answers `other` to what is not the section's, and looks at the rest once for all rules.
+    fn prologue(&mut self, other: u32) -> Option<()> {
+        let Some(protocol) = self.section.protocol else { return Some(()) };
+        let (not_mine, mine) = (self.code.label(), self.code.label());
+        self.code.load_about(ABOUT_PROTOCOL);
+        self.code.unless(Is::Equal, u32::try_from(protocol).ok()?, not_mine);
+        if let Some(next) = self.section.next {
+            self.code.load_length();
+            self.code.unless(Is::AtLeast, ETHERNET + 7, not_mine);
+            self.code.load(ETHERNET + 6, 1, false);
+            self.code.unless(Is::Equal, u32::try_from(next).ok()?, not_mine);
+        }
+        self.code.jump(mine);
+        self.code.mark(not_mine);
+        self.code.answer(other);
+        self.code.mark(mine);
+        match protocol {
+            IP => self.look_at_ip4(),
+            IP6 => self.look_at_ip6(),
+            _ => {}
+        }
+        Some(())
     }
 
     fn label_of(&self, chain: &str) -> Option<Label> {
-        self.chains.iter().find(|(name, _)| *name == chain).map(|(_, label)| *label)
+        self.chains.iter().position(|other| other.name == chain).map(|index| self.labels[index])
     }
 
-    /// As nf_tables does before a rule sees the packet (nft_set_pktinfo_ipv4_validate): version, lengths. X becomes the
-    /// length of the header.
+    /// Whether version and lengths of the IPv4 header fit each other and the frame. X becomes the length of the header.
     fn look_at_ip4(&mut self) {
         let code = &mut self.code;
         let end = code.label();
@@ -164,33 +173,19 @@ impl<'a> Writer<'a> {
         code.mark(end);
     }
 
-    fn chain(&mut self, chain: &'a Chain, reached: &mut Vec<&'a str>) -> Option<()> {
-        for rule in &chain.rules {
-            self.rule(rule, reached)?;
-        }
-        // The end of the chain at the device, or of one that was gone to for good: the policy.
-        self.code.answer(DROP);
-        Some(())
-    }
-
-    fn rule(&mut self, rule: &'a Rule, reached: &mut Vec<&'a str>) -> Option<()> {
-        if rule.matches.iter().any(|part| matches!(part, Match::Limit { over: true, .. })) {
-            // There are no rates here: nothing is over one.
-            return Some(());
-        }
+    fn rule(&mut self, rule: &Rule, reached: &mut Vec<&'static str>) -> Option<()> {
         let next = self.code.label();
         self.known = 0;
         rule.matches.iter().try_for_each(|part| self.condition(part, next))?;
-        match &rule.action {
+        match rule.action {
             Action::Accept => self.code.answer(PASS),
             Action::Drop => self.code.answer(DROP),
-            Action::Goto(to) if self.section.left.contains(&to.as_str()) => self.code.answer(NOT_MINE),
+            Action::Goto(to) if self.section.left.contains(&to) => self.code.answer(NOT_MINE),
             Action::Goto(to) => {
                 let label = self.label_of(to)?;
                 self.code.jump(label);
                 reached.push(to);
             }
-            Action::Return | Action::Continue | Action::Jump(_) | Action::Masquerade => return None,
         }
         self.code.mark(next);
         Some(())
@@ -209,13 +204,12 @@ impl<'a> Writer<'a> {
             }
             Match::Is(field, op, value) => {
                 let source = self.fetch(*field, next)?;
-                let (data, mask) = (placed(*field, value), bits(*field));
+                let (data, mask) = (field.placed(value)?, field.mask());
                 match (op, mask) {
                     (Op::Eq, mask) => self.equal(source, &data, mask.as_deref(), next),
                     (Op::Ne, mask) => self.unequal(source, &data, mask.as_deref(), next),
                     (Op::Ge, None) => self.at_least(source, &data, next),
-                    (Op::Le, None) => self.at_most(source, &data, next),
-                    (Op::Gt | Op::Lt, None) if matches!(data.len(), 1 | 2 | 4) => {
+                    (Op::Lt, None) if matches!(data.len(), 1 | 2 | 4) => {
                         self.load(source, 0, data.len());
                         self.compare_one(*op, number(&data), next);
                     }
@@ -224,7 +218,7 @@ impl<'a> Writer<'a> {
             }
             Match::Masked(field, mask, op, value) => {
                 let source = self.fetch(*field, next)?;
-                let (data, mask) = (placed(*field, &Value::Number(*value)), placed(*field, &Value::Number(*mask)));
+                let (data, mask) = (field.placed(&Value::Number(*value))?, field.placed(&Value::Number(*mask))?);
                 match op {
                     Op::Eq => self.equal(source, &data, Some(&mask), next),
                     Op::Ne => self.unequal(source, &data, Some(&mask), next),
@@ -238,10 +232,10 @@ impl<'a> Writer<'a> {
             }
             Match::Range { field, not, from, to } => {
                 let source = self.fetch(*field, next)?;
-                if bits(*field).is_some() {
+                if field.mask().is_some() {
                     return None;
                 }
-                let (from, to) = (placed(*field, from), placed(*field, to));
+                let (from, to) = (field.placed(from)?, field.placed(to)?);
                 if *not {
                     let outside = self.code.label();
                     self.at_least(source, &from, outside);
@@ -253,30 +247,26 @@ impl<'a> Writer<'a> {
                     self.at_most(source, &to, next);
                 }
             }
-            Match::Network { field, not, network, prefix } => {
+            Match::Network(field, network, prefix) => {
                 let source = self.fetch(*field, next)?;
                 let all = match network {
                     IpAddr::V4(_) => IpAddr::from([0xff; 4]),
                     IpAddr::V6(_) => IpAddr::from([0xff; 16]),
                 };
-                let masked = |address| bytes_of(super::show::masked(address, *prefix));
-                let (data, mask) = (masked(*network), masked(all));
-                match not {
-                    false => self.equal(source, &data, Some(&mask), next),
-                    true => self.unequal(source, &data, Some(&mask), next),
-                }
+                let (data, mask) = (bytes_of(masked(*network, *prefix)), bytes_of(masked(all, *prefix)));
+                self.equal(source, &data, Some(&mask), next);
             }
-            Match::Set { field, not: false, set } => {
+            Match::Within(field, ranges) => {
                 let source = self.fetch(*field, next)?;
-                let ranges = &self.table.sets.iter().find(|other| other.name == *set)?.ranges;
                 let within = self.code.label();
                 for (first, last) in ranges {
                     let another = self.code.label();
+                    let (first, last) = (field.placed(&Value::Ip(*first))?, field.placed(&Value::Ip(*last))?);
                     if first == last {
-                        self.equal(source, &bytes_of(*first), None, another);
+                        self.equal(source, &first, None, another);
                     } else {
-                        self.at_least(source, &bytes_of(*first), another);
-                        self.at_most(source, &bytes_of(*last), another);
+                        self.at_least(source, &first, another);
+                        self.at_most(source, &last, another);
                     }
                     self.code.jump(within);
                     self.code.mark(another);
@@ -284,7 +274,6 @@ impl<'a> Writer<'a> {
                 self.code.jump(next);
                 self.code.mark(within);
             }
-            Match::Limit { .. } | Match::Set { not: true, .. } | Match::Ct(_) => return None,
         }
         Some(())
     }
@@ -311,12 +300,12 @@ impl<'a> Writer<'a> {
         self.code.and(0xfff);
     }
 
-    /// Sees to it that a field is there, as [`super::expression`] does, and in bytes of the packet.
+    /// Sees to it that a field is there, and finds its bytes.
     fn fetch(&mut self, field: Field, next: Label) -> Option<Source> {
-        let layout = field.layout();
+        let (place, needs) = field.place();
         let mine = self.section.protocol;
         let here = |protocol| mine == Some(protocol);
-        match layout.needs {
+        match needs {
             Needs::Nothing => {}
             Needs::Arp if here(0x0806) => {}
             Needs::Ip if here(IP) => {}
@@ -326,34 +315,29 @@ impl<'a> Writer<'a> {
             Needs::Transport(number) if here(IP) || here(IP6) => self.transport(number, next),
             _ => return None,
         }
-        let at = match layout.place {
-            Place::Meta(..) if field == Field::Protocol => return Some(Source::Protocol),
-            Place::Meta(..) if field == Field::L4proto => {
+        let (first, bytes, _) = field.span();
+        let (first, end) = (u32::from(first), u32::from(first + bytes));
+        let before = match (place, field) {
+            (Place::Beside, Field::Protocol) => return Some(Source::Protocol),
+            (Place::Beside, Field::L4proto) if here(IP) || here(IP6) => {
                 self.sound(next);
                 return Some(Source::Payload { at: self.protocol_at(), from_x: false });
             }
-            Place::Meta(..) => return None,
-            Place::Payload(base, offset, bits) => {
-                let (first, bytes) = span(offset, bits);
-                let (first, end) = (u32::from(first), u32::from(first + bytes));
-                let before = match base {
-                    Base::Link if end <= ETHERNET => 0,
-                    Base::Link => return None,
-                    Base::Network => ETHERNET,
-                    Base::Transport if here(IP6) => ETHERNET + 40,
-                    Base::Transport => {
-                        // Sound already, and so longer than this.
-                        self.code.load_length();
-                        self.code.subtract(ETHERNET + end);
-                        self.code.unless(Is::AtLeastX, 0, next);
-                        return Some(Source::Payload { at: ETHERNET + first, from_x: true });
-                    }
-                };
-                self.known_until(before + end, next);
-                before + first
+            (Place::Beside, _) => return None,
+            (Place::Payload(Base::Link, ..), _) if end <= ETHERNET => 0,
+            (Place::Payload(Base::Link, ..), _) => return None,
+            (Place::Payload(Base::Network, ..), _) => ETHERNET,
+            (Place::Payload(Base::Transport, ..), _) if here(IP6) => ETHERNET + 40,
+            (Place::Payload(Base::Transport, ..), _) => {
+                // Sound already, and so longer than this.
+                self.code.load_length();
+                self.code.subtract(ETHERNET + end);
+                self.code.unless(Is::AtLeastX, 0, next);
+                return Some(Source::Payload { at: ETHERNET + first, from_x: true });
             }
         };
-        Some(Source::Payload { at, from_x: false })
+        self.known_until(before + end, next);
+        Some(Source::Payload { at: before + first, from_x: false })
     }
 
     fn known_until(&mut self, bytes: u32, next: Label) {
@@ -392,10 +376,8 @@ impl<'a> Writer<'a> {
         match op {
             Op::Eq => self.code.unless(Is::Equal, with, next),
             Op::Ne => self.code.when(Is::Equal, with, next),
-            Op::Gt => self.code.unless(Is::Greater, with, next),
             Op::Ge => self.code.unless(Is::AtLeast, with, next),
             Op::Lt => self.code.when(Is::AtLeast, with, next),
-            Op::Le => self.code.when(Is::Greater, with, next),
         }
     }
 
@@ -447,16 +429,6 @@ impl<'a> Writer<'a> {
             self.code.when(Is::Greater, number(word), next);
         }
         self.code.mark(less);
-    }
-}
-
-/// The bits of a field that does not fill its bytes.
-fn bits(field: Field) -> Option<Vec<u8>> {
-    match field.layout().place {
-        Place::Payload(_, _, bits) if bits % 8 != 0 => {
-            Some(placed(field, &Value::Number(u64::MAX >> (64 - u32::from(bits)))))
-        }
-        _ => None,
     }
 }
 
