@@ -100,7 +100,6 @@ pub fn masquerade() -> Result<(), Failure> {
         point: HookPoint::Postrouting,
         // NF_IP_PRI_NAT_SRC
         priority: 100,
-        device: None,
         policy: Policy::Accept,
     };
     let leaves = Match::is(Field::Oifname, Value::Name(UPLINK.to_owned()));

@@ -112,7 +112,7 @@ pub(crate) fn table(netdev: &str, networks: &[(IpAddr, u8)]) -> Table {
     if networks.is_empty() {
         leaving.push(Rule::new([out()], Action::Masquerade));
     }
-    let hook = |kind, point, priority| Some(Hook { kind, point, priority, device: None, policy: Policy::Accept });
+    let hook = |kind, point, priority| Some(Hook { kind, point, priority, policy: Policy::Accept });
     let chain = |name: &str, hook, rules| Chain { name: name.to_owned(), hook, rules };
     Table {
         family: Family::Inet,

@@ -1,7 +1,7 @@
 //! Attributes as nf_tables has them: numbers with the highest byte first (linux/netlink.h, struct nlattr).
 //!
 //! A rule's expressions lie five deep. Typed messages count the bytes of everything below at each of these depths, before
-//! and while they write, which for the hundred rules of one interface takes longer than the kernel needs for them.
+//! and while they write, which takes longer than the kernel needs for them.
 
 use netlink_packet_core::NLA_F_NESTED;
 

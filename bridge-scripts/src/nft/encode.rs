@@ -2,9 +2,9 @@
 
 use netlink_packet_core::{DefaultNla, NLA_F_NESTED, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, DataAttribute, DevHookNumber, Hook as HookAttribute, HookNumber, InetHookNumber,
-    ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags,
-    SetElementList, SetElementMessage, SetFlags, SetMessage, TableAttribute, TableMessage,
+    ChainAttribute, ChainMessage, DataAttribute, Hook as HookAttribute, HookNumber, InetHookNumber, ListAttribute,
+    NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList,
+    SetElementMessage, SetFlags, SetMessage, TableAttribute, TableMessage,
 };
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 
@@ -60,7 +60,7 @@ pub(super) fn replace(table: &Table, new: bool) -> Vec<Part<'_>> {
         }
     }
     for chain in &table.chains {
-        parts.push(part(new_chain(table.family, &table.name, chain), NLM_F_CREATE, About::Chain(chain)));
+        parts.push(part(new_chain(&table.name, chain), NLM_F_CREATE, About::Chain(chain)));
     }
     for chain in &table.chains {
         for rule in &chain.rules {
@@ -113,11 +113,9 @@ pub(super) fn list() -> NetfilterMessage {
 fn wrap(family: Family, message: NfTablesMessage) -> NetfilterMessage {
     let family = match family {
         Family::Netdev => NetfilterProtoFamily::NetDev,
-        Family::Bridge => NetfilterProtoFamily::Bridge,
         Family::Inet => NetfilterProtoFamily::Inet,
         Family::Ip => NetfilterProtoFamily::IPv4,
         Family::Ip6 => NetfilterProtoFamily::IPv6,
-        Family::Arp => NetfilterProtoFamily::ARP,
     };
     NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message)
 }
@@ -126,11 +124,9 @@ fn wrap(family: Family, message: NfTablesMessage) -> NetfilterMessage {
 pub(super) fn family(family: NetfilterProtoFamily) -> Option<Family> {
     Some(match family {
         NetfilterProtoFamily::NetDev => Family::Netdev,
-        NetfilterProtoFamily::Bridge => Family::Bridge,
         NetfilterProtoFamily::Inet => Family::Inet,
         NetfilterProtoFamily::IPv4 => Family::Ip,
         NetfilterProtoFamily::IPv6 => Family::Ip6,
-        NetfilterProtoFamily::ARP => Family::Arp,
         _ => return None,
     })
 }
@@ -188,10 +184,10 @@ fn new_elements(table: &str, set: &Set, id: u32) -> NfTablesMessage {
     })
 }
 
-fn new_chain(family: Family, table: &str, chain: &Chain) -> NfTablesMessage {
+fn new_chain(table: &str, chain: &Chain) -> NfTablesMessage {
     let mut attributes = vec![ChainAttribute::Table(table.to_owned()), ChainAttribute::Name(chain.name.clone())];
     if let Some(hook) = &chain.hook {
-        attributes.push(ChainAttribute::Hook(hook_attributes(family, hook)));
+        attributes.push(ChainAttribute::Hook(hook_attributes(hook)));
         // NF_DROP and NF_ACCEPT.
         attributes.push(ChainAttribute::Policy(match hook.policy {
             Policy::Drop => 0,
@@ -207,22 +203,16 @@ pub(super) fn family_number(family: Family) -> u8 {
     match family {
         Family::Inet => 1,
         Family::Ip => 2,
-        Family::Arp => 3,
         Family::Netdev => 5,
-        Family::Bridge => 7,
         Family::Ip6 => 10,
     }
 }
 
 /// What the kernel tells of a hook: NFTA_HOOK_HOOKNUM and NFTA_HOOK_PRIORITY.
-pub(super) fn hook_bytes(family: Family, hook: &Hook) -> Vec<u8> {
+pub(super) fn hook_bytes(hook: &Hook) -> Vec<u8> {
     let number = match hook.point {
-        HookPoint::Input if family == Family::Arp => 0,
-        HookPoint::Output if family == Family::Arp => 1,
-        HookPoint::Ingress | HookPoint::Prerouting => 0,
-        HookPoint::Input => 1,
+        HookPoint::Prerouting => 0,
         HookPoint::Forward => 2,
-        HookPoint::Output => 3,
         HookPoint::Postrouting => 4,
     };
     let mut attributes = super::attributes::Attributes::default();
@@ -230,21 +220,13 @@ pub(super) fn hook_bytes(family: Family, hook: &Hook) -> Vec<u8> {
     attributes.finish()
 }
 
-fn hook_attributes(family: Family, hook: &Hook) -> Vec<HookAttribute> {
-    // enum nf_inet_hooks; bridges count the same way, and ARP has NF_ARP_IN and NF_ARP_OUT.
-    let number = match hook.point {
-        HookPoint::Input if family == Family::Arp => HookNumber::Other(0),
-        HookPoint::Output if family == Family::Arp => HookNumber::Other(1),
-        HookPoint::Ingress => HookNumber::Dev(DevHookNumber::Ingress),
-        HookPoint::Prerouting => HookNumber::Inet(InetHookNumber::PreRouting),
-        HookPoint::Input => HookNumber::Inet(InetHookNumber::LocalIn),
-        HookPoint::Forward => HookNumber::Inet(InetHookNumber::Forward),
-        HookPoint::Output => HookNumber::Inet(InetHookNumber::LocalOut),
-        HookPoint::Postrouting => HookNumber::Inet(InetHookNumber::PostRouting),
-    };
-    let mut attributes = vec![HookAttribute::Number(number), HookAttribute::Priority(hook.priority.cast_unsigned())];
-    attributes.extend(hook.device.clone().map(HookAttribute::NetDeviceName));
-    attributes
+fn hook_attributes(hook: &Hook) -> Vec<HookAttribute> {
+    let number = HookNumber::Inet(match hook.point {
+        HookPoint::Prerouting => InetHookNumber::PreRouting,
+        HookPoint::Forward => InetHookNumber::Forward,
+        HookPoint::Postrouting => InetHookNumber::PostRouting,
+    });
+    vec![HookAttribute::Number(number), HookAttribute::Priority(hook.priority.cast_unsigned())]
 }
 
 /// NFTA_RULE_EXPRESSIONS.

@@ -1,7 +1,6 @@
 //! Whether the kernel has a table, whole: its hooks, rules and sets are asked for and compared with what we would send.
 //!
-//! A table's name says little. On kernels before 6.16 a chain at a device's ingress goes with the device, and the table
-//! stays; and anybody may delete a rule. What the kernel tells beyond what we send (counters, options at their default) is
+//! A table's name says little: anybody may delete a rule. What the kernel tells beyond what we send (counters, options at their default) is
 //! not looked at.
 
 use std::collections::BTreeMap;
@@ -9,7 +8,7 @@ use std::collections::BTreeMap;
 use super::encode::family_number;
 use super::expression;
 use super::socket::{Dumped, Error, Nft};
-use super::{Chain, Family, Hook, Policy, Set, Table};
+use super::{Chain, Family, Policy, Set, Table};
 use crate::ranges::{bytes_of, number};
 
 /// NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSETELEM of linux/netfilter/nf_tables.h.
@@ -30,7 +29,7 @@ impl Nft {
         for chain in table.chains.iter().filter(|chain| chain.hook.is_some()) {
             let texts = [(1, table.name.as_str()), (3, chain.name.as_str())];
             let Dumped::Whole(told) = self.question(GET_CHAIN, false, table.family, &texts)? else { return Ok(false) };
-            if !told.first().is_some_and(|message| is_hooked(message, table.family, chain)) {
+            if !told.first().is_some_and(|message| is_hooked(message, chain)) {
                 return Ok(false);
             }
         }
@@ -90,27 +89,16 @@ fn is_text(value: Option<&[u8]>, text: &str) -> bool {
 }
 
 /// Whether the kernel begins this chain where it should.
-fn is_hooked(message: &[u8], family: Family, chain: &Chain) -> bool {
+fn is_hooked(message: &[u8], chain: &Chain) -> bool {
     let Some(hook) = &chain.hook else { return true };
-    let ours = super::encode::hook_bytes(family, hook);
+    let ours = super::encode::hook_bytes(hook);
     let told = attribute(body(message), 4).unwrap_or_default();
     let same = |kind| attribute(told, kind) == attribute(&ours, kind);
     let policy: u32 = if hook.policy == Policy::Drop { 0 } else { 1 };
     same(1)
         && same(2)
-        && is_on(told, hook)
         && attribute(body(message), 5) == Some(&policy.to_be_bytes())
         && is_text(attribute(body(message), 7), hook.kind.name())
-}
-
-/// NFTA_HOOK_DEV, or a list of one in NFTA_HOOK_DEVS.
-fn is_on(told: &[u8], hook: &Hook) -> bool {
-    let Some(device) = &hook.device else { return true };
-    if is_text(attribute(told, 3), device) {
-        return true;
-    }
-    let mut devices = attributes(attribute(told, 4).unwrap_or_default());
-    is_text(devices.next().map(|(_, value)| value), device) && devices.next().is_none()
 }
 
 /// Whether these rules, in the order in which the kernel tells them, are the table's.
@@ -161,7 +149,6 @@ fn has_all(name: &[u8], told: &[u8], ours: &[u8]) -> bool {
     let nested = |kind: u16| match name {
         b"cmp" => kind == 3,
         b"bitwise" => matches!(kind, 4 | 5),
-        b"range" => matches!(kind, 3 | 4),
         b"immediate" => kind == 2,
         _ => false,
     };
@@ -177,7 +164,7 @@ fn has_all(name: &[u8], told: &[u8], ours: &[u8]) -> bool {
 }
 
 fn same_data(told: &[u8], ours: &[u8]) -> bool {
-    // NFTA_DATA_VALUE, else NFTA_DATA_VERDICT with NFTA_VERDICT_CODE and _CHAIN.
+    // NFTA_DATA_VALUE, else NFTA_DATA_VERDICT with NFTA_VERDICT_CODE, and _CHAIN where somebody else jumps.
     let verdict = |data| attribute(data, 2).map(|verdict| (attribute(verdict, 1), attribute(verdict, 2)));
     attribute(told, 1) == attribute(ours, 1) && verdict(told) == verdict(ours)
 }

@@ -24,7 +24,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 pub use check::Malformed;
-pub use field::{Base, Field};
+pub use field::Field;
 pub use forward::ForwardChain;
 pub use set::{Set, SetKind};
 pub(crate) use socket::tables_told;
@@ -34,24 +34,20 @@ pub use socket::{Change, Error, Nft};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
-    /// Everything one device receives, before bridge and IP.
+    /// What one device receives: former versions filtered by such tables, which are deleted where they are found.
     Netdev,
-    /// What bridges forward.
-    Bridge,
     /// IPv4 and IPv6.
     Inet,
     /// IPv4.
     Ip,
     /// IPv6.
     Ip6,
-    /// ARP.
-    Arp,
 }
 
 impl Family {
     /// The family of this name.
     pub fn by_name(name: &str) -> Option<Self> {
-        let all = [Self::Netdev, Self::Bridge, Self::Inet, Self::Ip, Self::Ip6, Self::Arp];
+        let all = [Self::Netdev, Self::Inet, Self::Ip, Self::Ip6];
         all.into_iter().find(|family| family.name() == name)
     }
 
@@ -59,11 +55,9 @@ impl Family {
     pub fn name(self) -> &'static str {
         match self {
             Self::Netdev => "netdev",
-            Self::Bridge => "bridge",
             Self::Inet => "inet",
             Self::Ip => "ip",
             Self::Ip6 => "ip6",
-            Self::Arp => "arp",
         }
     }
 }
@@ -83,12 +77,12 @@ pub struct Table {
     pub chains: Vec<Chain>,
 }
 
-/// Rules in order; with a hook the kernel begins there, without one only jumps lead here.
+/// Rules in order; the kernel begins at the hook.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Chain {
     /// The name.
     pub name: String,
-    /// Where packets come from; `None` for a chain that is jumped to.
+    /// Where packets come from; `None` for somebody else's chain, which has its own.
     #[serde(default)]
     pub hook: Option<Hook>,
     /// The rules, the first that gives a verdict deciding.
@@ -104,9 +98,6 @@ pub struct Hook {
     pub point: HookPoint,
     /// The order among chains of one place; lower comes first.
     pub priority: i32,
-    /// The device, for [`Family::Netdev`].
-    #[serde(default)]
-    pub device: Option<String>,
     /// What becomes of packets no rule decided about.
     pub policy: Policy,
 }
@@ -125,16 +116,10 @@ pub enum HookKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HookPoint {
-    /// Just received by the device.
-    Ingress,
     /// Received, not yet routed.
     Prerouting,
-    /// For this machine.
-    Input,
     /// For another machine.
     Forward,
-    /// From this machine.
-    Output,
     /// About to leave.
     Postrouting,
 }
@@ -194,14 +179,6 @@ pub enum Action {
     Accept,
     /// The packet is gone.
     Drop,
-    /// Back to the chain that jumped here.
-    Return,
-    /// The next rule.
-    Continue,
-    /// Another chain, and back after its end.
-    Jump(String),
-    /// Another chain, and not back.
-    Goto(String),
     /// The packet leaves with the outgoing device's address.
     Masquerade,
 }
@@ -212,64 +189,34 @@ pub enum Action {
 pub enum Match {
     /// A field compared with a value.
     Is(Field, Op, Value),
-    /// Some bits of a field compared with a value.
-    Masked(Field, u64, Op, u64),
-    /// A field between two values, both included; or outside of them.
-    Range {
-        /// What is looked at.
-        field: Field,
-        /// Outside instead of between.
-        not: bool,
-        /// The lowest.
-        from: Value,
-        /// The highest.
-        to: Value,
-    },
-    /// An address in a network of so many bits, or not.
+    /// An address in a network of so many bits.
     Network {
         /// What is looked at.
         field: Field,
-        /// Outside instead of inside.
-        not: bool,
         /// The network's address; host bits are ignored.
         network: IpAddr,
         /// Bits of its prefix.
         prefix: u8,
     },
-    /// A field in a set of this table, or not.
+    /// A field in a set of this table.
     Set {
         /// What is looked at.
         field: Field,
-        /// Not in it.
-        not: bool,
         /// The set's name.
         set: String,
     },
     /// Connections in one of these states.
     Ct(Vec<CtState>),
-    /// So many packets a second, or what is more than that.
-    Limit {
-        /// Matches what is over the limit, not what is within.
-        over: bool,
-        /// Packets a second.
-        rate: u32,
-        /// Packets that may come at once.
-        burst: u32,
-    },
 }
 
 /// The state of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CtState {
-    /// Belongs to none and makes none.
-    Invalid,
     /// Packets went both ways.
     Established,
     /// Made by another one, or an error about one.
     Related,
-    /// The first packet.
-    New,
 }
 
 impl Match {
@@ -285,16 +232,16 @@ impl Match {
 
     /// The field is in the set.
     pub fn within(field: Field, set: &str) -> Self {
-        Self::Set { field, not: false, set: set.to_owned() }
+        Self::Set { field, set: set.to_owned() }
     }
 
     /// The address is in the network.
     pub fn network(field: Field, network: impl Into<IpAddr>, prefix: u8) -> Self {
-        Self::Network { field, not: false, network: network.into(), prefix }
+        Self::Network { field, network: network.into(), prefix }
     }
 }
 
-/// A comparison; fields compare as numbers with the first byte highest.
+/// A comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Op {
@@ -302,40 +249,16 @@ pub enum Op {
     Eq,
     /// ≠
     Ne,
-    /// <
-    Lt,
-    /// ≤
-    Le,
-    /// >
-    Gt,
-    /// ≥
-    Ge,
 }
 
 /// What a field is compared with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Value {
-    /// A number of at most 8 bytes.
-    Number(u64),
-    /// An Ethernet address.
-    Mac([u8; 6]),
     /// An IP address.
     Ip(IpAddr),
     /// A device's name.
     Name(String),
-}
-
-impl From<u64> for Value {
-    fn from(number: u64) -> Self {
-        Self::Number(number)
-    }
-}
-
-impl From<[u8; 6]> for Value {
-    fn from(mac: [u8; 6]) -> Self {
-        Self::Mac(mac)
-    }
 }
 
 impl From<Ipv4Addr> for Value {

@@ -3,7 +3,6 @@
 use std::fmt::{self, Display, Formatter};
 use std::net::IpAddr;
 
-use super::field::{Place, Style};
 use super::{
     Action, Chain, CtState, Family, Field, Hook, HookKind, HookPoint, Match, Op, Policy, Rule, Set, SetKind, Table,
     Value,
@@ -87,22 +86,15 @@ impl Display for Hook {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let kind = self.kind.name();
         let point = match self.point {
-            HookPoint::Ingress => "ingress",
             HookPoint::Prerouting => "prerouting",
-            HookPoint::Input => "input",
             HookPoint::Forward => "forward",
-            HookPoint::Output => "output",
             HookPoint::Postrouting => "postrouting",
         };
-        write!(f, "type {kind} hook {point}")?;
-        if let Some(device) = &self.device {
-            write!(f, " device \"{device}\"")?;
-        }
         let policy = match self.policy {
             Policy::Accept => "accept",
             Policy::Drop => "drop",
         };
-        write!(f, " priority {}; policy {policy};", self.priority)
+        write!(f, "type {kind} hook {point} priority {}; policy {policy};", self.priority)
     }
 }
 
@@ -127,10 +119,6 @@ impl Display for Action {
         match self {
             Self::Accept => f.write_str("accept"),
             Self::Drop => f.write_str("drop"),
-            Self::Return => f.write_str("return"),
-            Self::Continue => f.write_str("continue"),
-            Self::Jump(chain) => write!(f, "jump {chain}"),
-            Self::Goto(chain) => write!(f, "goto {chain}"),
             Self::Masquerade => f.write_str("masquerade"),
         }
     }
@@ -138,27 +126,13 @@ impl Display for Action {
 
 impl Display for Match {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let sign = |not: bool| if not { "!= " } else { "" };
         match self {
-            Self::Is(field, op, value) => write!(f, "{field} {op}{}", shown(*field, value)),
-            Self::Masked(field, mask, op, value) => {
-                // Without a sign nft takes two numbers around & for a list of flags.
-                let op = if *op == Op::Eq { "== ".to_owned() } else { op.to_string() };
-                write!(f, "{field} & {mask:#x} {op}{value:#x}")
-            }
-            Self::Range { field, not, from, to } => {
-                write!(f, "{field} {}{}-{}", sign(*not), shown(*field, from), shown(*field, to))
-            }
-            Self::Network { field, not, network, prefix } => {
-                write!(f, "{field} {}{}/{prefix}", sign(*not), masked(*network, *prefix))
-            }
-            Self::Set { field, not, set } => write!(f, "{field} {}@{set}", sign(*not)),
+            Self::Is(field, op, value) => write!(f, "{field} {op}{value}"),
+            Self::Network { field, network, prefix } => write!(f, "{field} {}/{prefix}", masked(*network, *prefix)),
+            Self::Set { field, set } => write!(f, "{field} @{set}"),
             Self::Ct(states) => {
                 let states: Vec<String> = states.iter().map(ToString::to_string).collect();
                 write!(f, "ct state {}", states.join(","))
-            }
-            Self::Limit { over, rate, burst } => {
-                write!(f, "limit rate {}{rate}/second burst {burst} packets", if *over { "over " } else { "" })
             }
         }
     }
@@ -167,10 +141,8 @@ impl Display for Match {
 impl Display for CtState {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Invalid => "invalid",
             Self::Established => "established",
             Self::Related => "related",
-            Self::New => "new",
         })
     }
 }
@@ -181,37 +153,21 @@ impl Display for Op {
         f.write_str(match self {
             Self::Eq => "",
             Self::Ne => "!= ",
-            Self::Lt => "< ",
-            Self::Le => "<= ",
-            Self::Gt => "> ",
-            Self::Ge => ">= ",
         })
     }
 }
 
 impl Display for Field {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let layout = self.layout();
-        match (self, layout.place) {
-            (Self::Raw(..), Place::Payload(base, offset, bits)) => write!(f, "@{},{offset},{bits}", base.name()),
-            _ => f.write_str(layout.name),
-        }
+        f.write_str(self.layout().name)
     }
 }
 
-/// A value as this field's values are written.
-fn shown(field: Field, value: &Value) -> String {
-    match (value, field.layout().style) {
-        (Value::Number(number), Style::Hex) => format!("{number:#x}"),
-        (Value::Number(number), _) => number.to_string(),
-        // A raw place has no type that nft could read an address by.
-        (Value::Mac(mac), Style::Hex) => {
-            format!("0x{}", mac.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+impl Display for Value {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => write!(f, "{address}"),
+            Self::Name(name) => write!(f, "\"{name}\""),
         }
-        (Value::Mac(mac), _) => mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":"),
-        (Value::Ip(IpAddr::V4(address)), Style::Hex) => format!("{:#x}", address.to_bits()),
-        (Value::Ip(IpAddr::V6(address)), Style::Hex) => format!("{:#x}", address.to_bits()),
-        (Value::Ip(address), _) => address.to_string(),
-        (Value::Name(name), _) => format!("\"{name}\""),
     }
 }

@@ -90,7 +90,7 @@ fn masquerades(table: &Table, address: IpAddr) -> bool {
     let rules = table.chains.iter().flat_map(|chain| &chain.rules);
     rules.filter(|rule| rule.action == Action::Masquerade).any(|rule| {
         rule.matches.iter().all(|part| match part {
-            Match::Network { field: Field::IpSaddr | Field::Ip6Saddr, not: false, network, prefix } => {
+            Match::Network { field: Field::IpSaddr | Field::Ip6Saddr, network, prefix } => {
                 let inside = |address| Network { address, prefix: *prefix }.network();
                 network.is_ipv4() == address.is_ipv4() && inside(*network) == inside(address)
             }
@@ -117,7 +117,6 @@ fn masquerade(vif: &str, guests: &[Network], out: Option<&str>) -> Table {
         point: HookPoint::Postrouting,
         // NF_IP_PRI_NAT_SRC of linux/netfilter_ipv4.h.
         priority: 100,
-        device: None,
         policy: Policy::Accept,
     };
     let rules = guests.iter().map(rule).collect();

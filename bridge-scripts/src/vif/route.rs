@@ -214,7 +214,6 @@ pub(super) fn own_table(vif: &str, addresses: &[(IpAddr, u8)]) -> Table {
         point: HookPoint::Prerouting,
         // NF_IP_PRI_RAW of linux/netfilter_ipv4.h: no connection is made of it.
         priority: -300,
-        device: None,
         policy: Policy::Accept,
     };
     let chain = Chain { name: "prerouting".to_owned(), hook: Some(hook), rules: sets.iter().map(rule).collect() };
