@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import cpio
 import elf
@@ -32,11 +32,12 @@ SYSTEMD = HERE / "dom0/systemd"
 class Images:
     """Where the built things of one world are."""
 
-    def __init__(self, cache: Path, world: World) -> None:
+    def __init__(self, cache: Path, world: World, guests: Iterable[str] = ()) -> None:
+        """`guests`: kernels that some guests want besides dom0's, by their names in KERNELS."""
         self.world = world
         self.common = cache                     # what the worlds share is below kernels/ there
         self.cache = cache / world.name
-        self.kernels = {name: KernelImages(cache / "kernels" / name) for name in KERNELS}
+        self.kernels = {name: KernelImages(cache / "kernels" / name) for name in sorted({world.kernel, *guests})}
         self.kernel = self.kernels[world.kernel]        # dom0's
         self.packages = self.cache / "packages"     # the hypervisor's, unpacked
         self.root = self.cache / "dom0-root"        # debootstrap's tree, and the kernel's modules
@@ -64,9 +65,9 @@ def stage(folder: Path, name: str, key: str, outputs: list[Path], make: Callable
     return True
 
 
-def build(cache: Path, world: World) -> Images:
+def build(cache: Path, world: World, guests: Iterable[str] = ()) -> Images:
     """Bring every image of a world up to date; says at the end whether anything had to be done."""
-    images = Images(cache, world)
+    images = Images(cache, world, guests)
     images.cache.mkdir(parents=True, exist_ok=True)
     with (cache / "build.lock").open("w") as lock:
         # Two builds at once into one folder would fill each other's trees. Let go when the file is closed.
@@ -140,9 +141,11 @@ def build_kernel(kernel: Kernel, images: KernelImages, tools: list[Path]) -> boo
     images.folder.mkdir(parents=True, exist_ok=True)
     fetch_key = kernel_fetch_key(kernel)
     modules_key = recipe.key(fetch_key, recipe.GUEST_MODULES, recipe.GUEST_MODULES_LATER, *tools)
-    done = stage(images.folder, "kernel", fetch_key, [images.packages, images.vmlinuz, images.vmlinux],
+    done = stage(images.folder, "kernel", fetch_key, [images.packages, images.vmlinuz, images.vmlinux, images.vmlinux_gz],
                  lambda: fetch_kernel(kernel, images))
-    return done | stage(images.folder, "modules", modules_key, [images.modules], lambda: make_modules(images))
+    small_key = recipe.key(fetch_key, recipe.GUEST_MODULES, recipe.EMULATED_MODULES, *tools)
+    done |= stage(images.folder, "modules", modules_key, [images.modules], lambda: make_modules(images))
+    return done | stage(images.folder, "small", small_key, [images.small], lambda: make_small(images))
 
 
 def fetch_kernel(kernel: Kernel, images: KernelImages) -> None:
@@ -155,6 +158,7 @@ def fetch_kernel(kernel: Kernel, images: KernelImages) -> None:
     kernels.depmod(images.packages, found.version, logs / "depmod.log")
     shutil.copy(found.vmlinuz, images.vmlinuz)
     images.vmlinux.write_bytes(kernels.uncompressed(images.vmlinuz.read_bytes()))
+    images.vmlinux_gz.write_bytes(gzip.compress(images.vmlinux.read_bytes(), 6, mtime=0))
 
 
 def make_modules(images: KernelImages) -> None:
@@ -167,6 +171,16 @@ def make_modules(images: KernelImages) -> None:
     copy_modules(images.packages, recipe.GUEST_MODULES, tree, recipe.GUEST_MODULES_LATER)
     kernels.depmod(tree, packages.find_kernel(images.packages).version, images.folder / "build-logs/depmod.log")
     pack(tree, images.modules)
+
+
+def make_small(images: KernelImages) -> None:
+    """The initrd for guests whose boot loader reads it slowly: an HVM guest's firmware byte by byte from a port of its
+    device model, pvgrub sector by sector."""
+    tree = images.folder / "small"
+    busybox_tree(tree)
+    copy_modules(images.packages, recipe.GUEST_MODULES, tree, recipe.EMULATED_MODULES)
+    kernels.depmod(tree, packages.find_kernel(images.packages).version, images.folder / "build-logs/depmod.log")
+    pack(tree, images.small)
 
 
 def make_hypervisor(images: Images) -> None:

@@ -22,7 +22,9 @@ class KernelImages:
         self.packages = folder / "packages"     # the unpacked package
         self.vmlinuz = folder / "vmlinuz"       # for dom0, whose modules QEMU loads, and for HVM guests
         self.vmlinux = folder / "vmlinux"       # for PV and PVH guests
+        self.vmlinux_gz = folder / "vmlinux.gz"     # for pvgrub
         self.modules = folder / "guest-modules.cpio"    # what an initrd for guests has besides the tools
+        self.small = folder / "small.cpio"      # an initrd of busybox and drivers
 
 
 def uncompressed(data: bytes) -> bytes:

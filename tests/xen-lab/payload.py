@@ -6,6 +6,7 @@ costs a second and not a new dom0 image.
 
 from __future__ import annotations
 
+import gzip
 import io
 import shutil
 from pathlib import Path
@@ -56,9 +57,10 @@ def programs(path: Path | None) -> dict[str, Path]:
 def make(images: build.Images, binaries: dict[str, Path]) -> Path:
     """Build the payload disk and return it. The layout below /lab is what scenarios rely on:
 
-    boot/vmlinux-K, boot/vmlinuz-K (compressed) and boot/guest-K.cpio for each kernel K, and without -K for dom0's; the
-    same for i386 where there are 32-bit guests; boot/grub-ARCHITECTURE.bin is pvgrub; guest-root.img,
-    bin/busybox (dom0's ping, wget and httpd), bin/NAME for each of our programs that is there, dom0/agent.py, dom0/net.py
+    boot/vmlinux-K, the same as .gz, boot/vmlinuz-K (bzImage), boot/guest-K.cpio and boot/small-K.cpio.gz (without the
+    tools) for each kernel K, and without -K for dom0's; boot/vmlinux-i386 and boot/guest-i386.cpio where there are 32-bit
+    guests; boot/grub-ARCHITECTURE.bin is pvgrub; guest-root.img, bin/busybox (dom0's ping, wget and httpd), bin/NAME for
+    each of our programs that is there, dom0/agent.py, dom0/net.py
     """
     image = images.cache / "payload.img"
     tree = images.cache / "payload"
@@ -83,11 +85,12 @@ def make(images: build.Images, binaries: dict[str, Path]) -> Path:
         for name, kernel in images.kernels.items():
             shutil.copy(kernel.vmlinux, tree / f"boot/vmlinux-{name}")
             shutil.copy(kernel.vmlinuz, tree / f"boot/vmlinuz-{name}")
+            shutil.copy(kernel.vmlinux_gz, tree / f"boot/vmlinux-{name}.gz")
             (tree / f"boot/guest-{name}.cpio").write_bytes(
                 images.guest_initrd.read_bytes() + kernel.modules.read_bytes() + above)
-        for name in ("vmlinux", "vmlinuz"):
-            (tree / "boot" / name).symlink_to(f"{name}-{images.world.kernel}")
-        (tree / "boot/guest.cpio").symlink_to(f"guest-{images.world.kernel}.cpio")
+            (tree / f"boot/small-{name}.cpio.gz").write_bytes(gzip.compress(kernel.small.read_bytes() + above, mtime=0))
+        for name, ending in (("vmlinux", ""), ("vmlinux", ".gz"), ("vmlinuz", ""), ("guest", ".cpio"), ("small", ".cpio.gz")):
+            (tree / f"boot/{name}{ending}").symlink_to(f"{name}-{images.world.kernel}{ending}")
         for file in (images.pvgrub / "usr/lib/grub-xen").glob("*.bin"):
             shutil.copy(file, tree / "boot" / file.name)
         if images.world.guest32:

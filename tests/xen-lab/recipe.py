@@ -28,11 +28,11 @@ MASKED_UNITS = ["apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.ti
 
 #: What every guest has.
 GUEST_MODULES = ["xen-blkfront", "xen-netfront", "crc32c_generic", "ext4"]
+#: What an HVM guest's emulated hardware wants.
+EMULATED_MODULES = ["ata_piix", "sd_mod", "sr_mod", "e1000"]
 #: What guests have besides, loaded by the scenario that wants it (`modprobe`): tagged frames, bridge protocol frames,
-#: a cluster file system, what an HVM guest's emulated hardware wants.
-GUEST_MODULES_LATER = [
-    "8021q", "bridge", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "configfs", "ata_piix", "sd_mod", "sr_mod", "e1000",
-]
+#: a cluster file system.
+GUEST_MODULES_LATER = ["8021q", "bridge", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "configfs"]
 #: Programs copied out of dom0's tree, with their libraries, for the guests that measure.
 GUEST_TOOLS = [
     "/opt/lab/fio", "/sbin/mke2fs", "/sbin/e2fsck", "/sbin/resize2fs", "/sbin/blkdiscard", "/bin/lsblk", "/bin/dd",

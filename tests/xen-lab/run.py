@@ -79,12 +79,10 @@ def main() -> int:
             die(f"--binary {args.binary}: no such file or folder")
         if payload.PROGRAMS[0] not in payload.programs(args.binary):
             die(f"--binary {args.binary}: there is no {payload.PROGRAMS[0]} in it")
-    # A kept machine runs on the images as they were: they are not touched under it.
-    images = [build.Images(args.cache, world) if getattr(args, "on_kept", False) else build.build(args.cache, world)
-              for world in (worlds[:1] if args.command == "shell" else worlds)]
-    if args.command == "build":
-        return 0
-    return shell(args, images[0]) if args.command == "shell" else test(args, images)
+    if args.command == "test":
+        return test(args, worlds)
+    images = [build.build(args.cache, world) for world in (worlds[:1] if args.command == "shell" else worlds)]
+    return shell(args, images[0]) if args.command == "shell" else 0
 
 
 def chosen_worlds(names: str) -> list[World]:
@@ -117,16 +115,23 @@ def shell(args: argparse.Namespace, images: build.Images) -> int:
         machine.stop()
 
 
-def test(args: argparse.Namespace, images: list[build.Images]) -> int:
+def ready(args: argparse.Namespace, world: World, runs: list[scenarios.Run]) -> build.Images:
+    """What a world's scenarios need. A kept machine runs on the images as they were: they are not touched under it."""
+    kernels = {kernel for run in runs for kernel in run.scenario.kernels}
+    return build.Images(args.cache, world, kernels) if args.on_kept else build.build(args.cache, world, kernels)
+
+
+def test(args: argparse.Namespace, worlds: list[World]) -> int:
     """The chosen scenarios in each world, one machine after the other: two at once would need twice the memory."""
     try:
         chosen = backends(args)
         known = scenarios.load()
-        runs = {world.world.name: scenarios.choose_in(known, args.scenarios, world.world.name, chosen, bool(args.binary)) for world in images}
+        runs = {world.name: scenarios.choose_in(known, args.scenarios, world.name, chosen, bool(args.binary)) for world in worlds}
     except KeyError as error:
         die(str(error.args[0]))
     if not any(runs.values()):
         die("no scenario fits these backends and worlds")
+    images = [ready(args, world, runs[world.name]) for world in worlds if runs[world.name]]
     logs = args.cache / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     outcomes: list[scenarios.Outcome] = []
@@ -134,7 +139,7 @@ def test(args: argparse.Namespace, images: list[build.Images]) -> int:
     boots = 0
     try:
         for world in images:
-            boots += in_world(args, world, runs[world.world.name], logs, outcomes) if runs[world.world.name] else 0
+            boots += in_world(args, world, runs[world.world.name], logs, outcomes)
     except KeyboardInterrupt:
         say("interrupted")
         return 130

@@ -36,6 +36,8 @@ class Scenario:
     network: bool = False
     #: Lower runs earlier.
     order: int = 50
+    #: Kernels (worlds.py) of its guests besides dom0's; those of the scenarios that run are fetched.
+    kernels: tuple[str, ...] = ()
     #: The worlds (worlds.py) that have what it needs; empty means all.
     worlds: tuple[str, ...] = ()
 

@@ -21,7 +21,7 @@ class Kernel:
     meta: str = "linux-image-amd64"     # never the cloud flavour: it cannot be a dom0
 
 
-KERNELS = {kernel.name: kernel for kernel in (Kernel("6.1", "bookworm"), Kernel("6.12", "trixie"))}
+KERNELS = {kernel.name: kernel for kernel in (Kernel("6.1", "bookworm"), Kernel("6.12", "trixie"), Kernel("newest", "sid"))}
 
 
 @dataclass(frozen=True)
