@@ -28,8 +28,8 @@ MASKED_UNITS = ["apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.ti
 
 #: What every guest has.
 GUEST_MODULES = ["xen-blkfront", "xen-netfront", "crc32c_generic", "ext4"]
-#: What an HVM guest's emulated hardware wants.
-EMULATED_MODULES = ["ata_piix", "sd_mod", "sr_mod", "e1000"]
+#: What an HVM guest's emulated hardware wants: libxl's card is an RTL8139 unless `model=` says otherwise.
+EMULATED_MODULES = ["ata_piix", "sd_mod", "sr_mod", "8139cp"]
 #: What guests have besides, loaded by the scenario that wants it (`modprobe`): tagged frames, bridge protocol frames,
 #: a cluster file system.
 GUEST_MODULES_LATER = ["8021q", "bridge", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "configfs"]

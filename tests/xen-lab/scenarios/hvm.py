@@ -13,7 +13,7 @@ from scenario import Scenario
 MAC = "00:16:3e:00:00:0a"
 PLAIN_MAC = "00:16:3e:00:00:0b"
 #: What a kernel without PV drivers wants for its emulated disk and card.
-EMULATED = "modprobe -a ata_piix sd_mod e1000; n=0; until [ -b /dev/sda ]; do n=$((n+1)); [ $n -lt 600 ]; sleep 0.1; done"
+EMULATED = "modprobe -a ata_piix sd_mod 8139cp; n=0; until [ -b /dev/sda ]; do n=$((n+1)); [ $n -lt 600 ]; sleep 0.1; done"
 
 
 def emulated(lab: Lab, name: str, vdev: str, mac: str = "", unplug: str = "") -> tuple[GuestConfig, str]:
@@ -60,17 +60,17 @@ def nobody_else(lab: Lab, second: Guest, image: str, when: str) -> None:
 
 
 def pattern(guest: Guest, device: str) -> None:
-    guest.run(f"dd if=/dev/urandom of=/tmp/pattern bs=64k count=64 2>/dev/null; sync; "
+    guest.run(f"dd if=/dev/urandom of=/tmp/pattern bs=64k count=16 2>/dev/null; sync; "
               f"dd if=/tmp/pattern of=/dev/{device} bs=64k seek=64 conv=fsync 2>/dev/null; sha256sum < /tmp/pattern > /tmp/sum")
 
 
 def digest(guest: Guest, device: str) -> str:
     """The sum of the pattern's place on a disk, past the guest's page cache."""
-    return guest.run(f"echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/{device} bs=64k skip=64 count=64 2>/dev/null | sha256sum")
+    return guest.run(f"echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/{device} bs=64k skip=64 count=16 2>/dev/null | sha256sum")
 
 
 def digest_in(lab: Lab, image: str) -> str:
-    return lab.sh(f"dd if={image} bs=64k skip=64 count=64 2>/dev/null | sha256sum")
+    return lab.sh(f"dd if={image} bs=64k skip=64 count=16 2>/dev/null | sha256sum")
 
 
 def iso(lab: Lab, word: str) -> str:
@@ -147,7 +147,7 @@ def hvm(lab: Lab) -> None:
     wait_state(lab, guest, "4")
     assert digest(guest, "xvda") == sum_
     # The pattern's file was lost with the reboot.
-    guest.run("dd if=/dev/xvda of=/tmp/pattern bs=64k skip=64 count=64 2>/dev/null; "
+    guest.run("dd if=/dev/xvda of=/tmp/pattern bs=64k skip=64 count=16 2>/dev/null; "
               "dd if=/tmp/pattern of=/dev/xvda bs=64k seek=192 conv=fsync 2>/dev/null")
     nobody_else(lab, second, image, "after the migration")
     net.ping(lab, "10.17.0.20")
@@ -157,7 +157,7 @@ def hvm(lab: Lab) -> None:
     guest.destroy()
     lab.wait_gone("fully")
     assert digest_in(lab, image) == sum_
-    lab.sh(f"cmp <(dd if={image} bs=64k skip=192 count=64 2>/dev/null) <(dd if={image} bs=64k skip=64 count=64 2>/dev/null)")
+    lab.sh(f"cmp <(dd if={image} bs=64k skip=192 count=16 2>/dev/null) <(dd if={image} bs=64k skip=64 count=16 2>/dev/null)")
     lab.sh(f"qemu-io -f raw -c 'write -P 99 0 512' {image}")
 
     lab.step("the guest without PV drivers has not noticed")
