@@ -28,7 +28,7 @@ MEANT = [
     (r"vif back carrier", "netif.h has it; xen-netback does not write it"),
     (r"vif dom0 brport/(bpdu_guard|root_block|learning|unicast_flood)", FILTER),
     (r"vif dom0 (driver|version|bus-info|supports-statistics):|vif dom0 (tun_flags|owner|group|uevent)", TAP),
-    (r"vif dom0 (rx-checksumming|tx-checksum-\S+|tx-tcp-ecn-segmentation|tx-lockless|tx-vlan-\S+):", TAP),
+    (r"vif dom0 (rx-checksumming|tx-checksum-\S+|tx-tcp-ecn-segmentation|tx-udp-segmentation|tx-lockless|tx-vlan-\S+):", TAP),
     (r"vif dom0 (speed|duplex)", "said to be unknown; xen-netback says nothing"),
     (r"vif dom0 (carrier_\w+|ifindex|iflink)", "counted anew"),
     (r"vif dom0 qdisc", "frames are queued in the tap; a discipline for each of its 256 queues would cost 6 MB"),
