@@ -37,19 +37,19 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// Each program of the table, and its package.
+/// Each program of the table, and its group.
 fn table() -> Vec<(String, String)> {
     let text = std::fs::read_to_string(root().join("tests/packages.txt")).unwrap();
     let mut table = Vec::new();
     for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
         let (columns, users) = line.split_once('#').unwrap_or_else(|| panic!("who uses it? {line}"));
         assert!(!users.trim().is_empty(), "who uses it? {line}");
-        let [group, package, programs @ ..] = &columns.split_whitespace().collect::<Vec<_>>()[..] else {
+        let [group, _package, programs @ ..] = &columns.split_whitespace().collect::<Vec<_>>()[..] else {
             panic!("a group, a package, programs: {line}")
         };
         assert!(["tests", "lab"].contains(group), "there is no group {group}");
         assert!(!programs.is_empty(), "a package without a program cannot be checked: {line}");
-        table.extend(programs.iter().map(|program| ((*program).to_owned(), (*package).to_owned())));
+        table.extend(programs.iter().map(|program| ((*program).to_owned(), (*group).to_owned())));
     }
     table
 }
@@ -156,6 +156,21 @@ fn every_program_that_tests_call_is_in_the_table() {
         }
     }
     assert!(wrong.is_empty(), "in no line of tests/packages.txt:\n{}", wrong.join("\n"));
+}
+
+/// The labs' own tests run every time, without the labs: a program that they call is for every run too.
+#[test]
+fn the_labs_own_tests_call_what_every_run_installs() {
+    let table = table();
+    let mut wrong = Vec::new();
+    for path in files("py").iter().filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("test_")) {
+        for name in called(&code(path), PYTHON) {
+            if table.iter().any(|(program, group)| *program == name && group != "tests") {
+                wrong.push(format!("{} calls {name}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "in tests/packages.txt, but not of the group `tests`:\n{}", wrong.join("\n"));
 }
 
 /// A function that runs whatever program it is given must be known here, or its callers are not seen.
