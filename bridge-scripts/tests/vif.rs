@@ -6,7 +6,7 @@
 mod vif_common;
 
 use bridge_scripts::network;
-use vif_common::{Scene, alone_with_taps, sh};
+use vif_common::{Scene, alone_with_taps, settle, sh};
 
 #[test]
 fn a_port_of_a_bridge() {
@@ -270,7 +270,11 @@ fn routed() {
         sh("ip link set eth0 up");
         sh("ip link set outside up");
         sh("ip route add default via 10.0.0.1");
-        let before = (sh("ip -o addr show eth0"), sh("ip route"), sh("ip neigh show proxy"));
+        let eth0 = || {
+            settle();
+            (sh("ip -o addr show eth0"), sh("ip route"), sh("ip neigh show proxy"))
+        };
+        let before = eth0();
         // The handbook's: a network of the guest's own.
         scene.vif(12, 0, "00:16:3e:00:00:01", &[("ip", "192.168.17.1/24")]);
         scene.online("vif-route", 12, 0).unwrap();
@@ -295,7 +299,10 @@ fn routed() {
         assert!(sh("ip -6 neigh show dev vif13.0").contains("2001:db8::5 lladdr 00:16:3e:00:00:02 PERMANENT"));
         assert_eq!(sysctl("net/ipv6/conf/all/forwarding"), "1");
         assert_eq!(sysctl("net/ipv6/conf/eth0/proxy_ndp"), "1");
-        let state = || sh("ip -o addr show") + &sh("ip route") + &sh("ip -6 route") + &sh("nft -a list ruleset");
+        let state = || {
+            settle();
+            sh("ip -o addr show") + &sh("ip route") + &sh("ip -6 route") + &sh("nft -a list ruleset")
+        };
         let all = state();
         scene.online("vif-route", 12, 0).unwrap();
         scene.online("vif-route", 13, 0).unwrap();
@@ -306,7 +313,7 @@ fn routed() {
         assert!(!sh("ip -o addr show vif13.0").contains("10.0.0.254"));
         sh("ip link del vif12.0");
         scene.offline("vif-route", 12, 0).unwrap();
-        assert_eq!((sh("ip -o addr show eth0"), sh("ip route"), sh("ip neigh show proxy")), before);
+        assert_eq!(eth0(), before);
         scene.nothing_left();
     });
 }

@@ -347,13 +347,17 @@ fn a_foreign_script_is_left_to_the_administrator() {
     let mut dom0 = Dom0::start();
     let guest = dom0.guest("web");
     let said = dom0.folder.path().join("said");
-    let path = script(dom0.folder.path(), "vif-mine", &format!("echo $1 >> {}", said.display()));
+    // The status is written while it runs; this test does it for the script.
+    let go = dom0.folder.path().join("go");
+    let text = format!("echo $1 >> {}; while ! test -e {}; do sleep 0.01; done", said.display(), go.display());
+    let path = script(dom0.folder.path(), "vif-mine", &text);
     let helper = {
         let (store, guest) = (dom0.store.clone(), Guest::domid(&*guest));
         std::thread::spawn(move || {
             let back = format!("/local/domain/0/backend/vif/{guest}/0");
             toolstack::wait_state(&store, &format!("{back}/state"), &[State::InitWait], PATIENCE).unwrap();
             store.write(&format!("{back}/hotplug-status"), "connected").unwrap();
+            std::fs::write(go, "").unwrap();
         })
     };
     dom0.ok(&["attach", "web", &format!("script={path}"), "--wait", "0"]);
