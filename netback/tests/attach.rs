@@ -96,7 +96,7 @@ fn a_waiting_guest_is_connected_at_once() {
             connect(&guest, 0)
         })
     };
-    let said = dom0.ok(&["attach", "web", "rate=10Mb/s", "--wait", "20"]);
+    let said = dom0.ok(&["attach", "web", "rate=10Mb/s", "--wait", "60"]);
     assert!(said.contains(" (00:16:3e:") && said.ends_with(") is connected\n"), "{said}");
     assert_eq!(dom0.key(&guest, 0, "rate").as_deref(), Some("62500,50000"));
     assert_eq!(dom0.key(&guest, 0, "state").as_deref(), Some("4"));

@@ -41,6 +41,24 @@ pub fn quick() -> bool {
     std::env::var_os("QUICK").is_some()
 }
 
+/// What `look` gives once it has given the same for a while. A process has ended what it did for another one some moments
+/// after that one has heard of it; on a busy machine, many moments.
+///
+/// # Panics
+/// When it does not come to rest.
+pub fn at_rest<T: PartialEq + std::fmt::Debug>(look: impl Fn() -> T) -> T {
+    let began = Instant::now();
+    let (mut last, mut same) = (look(), 0);
+    while same < 25 {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = look();
+        same = if now == last { same + 1 } else { 0 };
+        assert!(began.elapsed() < PATIENCE, "it does not come to rest: {last:?}, then {now:?}");
+        last = now;
+    }
+    last
+}
+
 /// Runs a command to its end.
 ///
 /// # Panics
@@ -280,7 +298,7 @@ impl Dom0 {
     pub fn guest_with(&self, name: &str, image: &Path, access: &str, further: &[&str]) -> Guest {
         let guest = self.guest(name, further);
         let disk = format!("{},raw,xvda,{access}", image.display());
-        run(&mut self.blkback(["attach", name, &disk, "--wait", "20"]));
+        run(&mut self.blkback(["attach", name, &disk, "--wait", "60"]));
         guest.process.expect("nbd+unix");
         guest
     }

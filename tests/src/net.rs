@@ -273,7 +273,7 @@ impl Network {
 
     /// Attaches a guest's vif, waits until the guest has it, and does there what the guest's own scripts would.
     pub fn attach(&self, guest: &Guest, mtu: u32) {
-        run(&mut self.netback(["attach", &guest.name, &self.spec(guest, mtu), "--wait", "20"]));
+        run(&mut self.netback(["attach", &guest.name, &self.spec(guest, mtu), "--wait", "60"]));
         guest.process.expect("eth0 is connected");
         let address = guest.address();
         match self.topology {

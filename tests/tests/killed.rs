@@ -4,12 +4,15 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use hypervisor::emu::Member;
+use hypervisor::memory::Mapping;
+use hypervisor::{Backend, DomId, GrantAccess, GrantRef};
 use nix::sys::signal::Signal;
-use system_tests::{Dom0, Process, have, run};
-
-const PATIENCE: Duration = Duration::from_secs(60);
+use system_tests::{Dom0, Guest, PATIENCE, Process, have, run};
+use xenstore_client::Store;
 
 /// Waits for something to come true.
 fn until(what: &str, mut true_now: impl FnMut() -> bool) {
@@ -25,6 +28,27 @@ fn in_flight(folder: &Path) -> usize {
     let Ok(logs) = std::fs::read_dir(folder) else { return 0 };
     let count = |bytes: Vec<u8>| bytes[64..].chunks_exact(24).filter(|entry| entry[20] == 1).count();
     logs.flatten().filter_map(|log| std::fs::read(log.path()).ok()).map(count).sum()
+}
+
+/// The ring of a guest's disk, looked at from dom0.
+struct Ring {
+    page: Mapping,
+    _dom0: Member,
+}
+
+impl Ring {
+    fn of(guest: &Guest, dom0: &Dom0) -> Self {
+        let xen = Member::join(dom0.dir(), DomId::DOM0).unwrap();
+        let key = format!("/local/domain/{}/device/vbd/51712/ring-ref", guest.domid);
+        let page = GrantRef(xen.store().unwrap().read_str(&key).unwrap().parse().unwrap());
+        let page = xen.map(DomId(guest.domid.parse().unwrap()), &[page], GrantAccess::ReadOnly).unwrap();
+        Self { page, _dom0: xen }
+    }
+
+    /// How many requests the guest has put into it: req_prod, its first word.
+    fn requests(&self) -> u32 {
+        self.page.atomic_u32(0).load(Ordering::Acquire)
+    }
 }
 
 fn write(uri: &str, at: &str) -> Child {
@@ -69,15 +93,18 @@ fn what_a_killed_blkback_had_in_flight_ends_with_an_error() {
     until("nbdkit does not listen", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     let guest = dom0.guest("guest", &[]);
     let disk = format!("nbd:unix:{}", socket.display());
-    run(&mut dom0.blkback(["attach", "guest", &format!("vdev=xvda,access=w,target={disk}"), "--wait", "20"]));
+    run(&mut dom0.blkback(["attach", "guest", &format!("vdev=xvda,access=w,target={disk}"), "--wait", "60"]));
     guest.process.expect("nbd+unix");
     let logs = dom0.dir().join("blkback-0");
     let taken = write(&guest.uri(), "0");
     until("the write does not come", || in_flight(&logs) > 0);
     let pid = nix::unistd::Pid::from_raw(dom0.blkback.pid().cast_signed());
     nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
+    let ring = Ring::of(&guest, &dom0);
+    let before = ring.requests();
     let standing = write(&guest.uri(), "1M");
-    std::thread::sleep(Duration::from_millis(200));
+    until("the second write does not come", || ring.requests() != before);
+    drop(ring);
     dom0.blkback.signal(Signal::SIGKILL);
     let listed = run(&mut dom0.blkback(["list", "guest"]));
     assert!(listed.contains("no server") && listed.contains("blkback serve"), "{listed}");
@@ -96,7 +123,7 @@ fn what_a_killed_blkback_had_in_flight_ends_with_an_error() {
     drop(slow);
 
     let image = dom0.image("disk.img", 8 << 20);
-    run(&mut dom0.blkback(["attach", "guest", &format!("{},raw,xvda,w", image.display()), "--wait", "20"]));
+    run(&mut dom0.blkback(["attach", "guest", &format!("{},raw,xvda,w", image.display()), "--wait", "60"]));
     guest.process.expect("is connected");
 }
 
@@ -134,8 +161,11 @@ fn without_its_log_a_killed_blkback_leaves_what_is_known() {
     let busy = dom0.guest_with("busy", &other, "w", &[]);
     let pid = nix::unistd::Pid::from_raw(dom0.blkback.pid().cast_signed());
     nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
+    let ring = Ring::of(&busy, &dom0);
+    let before = ring.requests();
     let mut standing = write(&busy.uri(), "1M");
-    std::thread::sleep(Duration::from_millis(500));
+    until("the write does not come", || ring.requests() != before);
+    drop(ring);
     dom0.blkback.signal(Signal::SIGKILL);
     std::fs::remove_dir_all(dom0.dir().join("blkback-0")).unwrap();
     let hypervisor = dom0.hypervisor();

@@ -18,7 +18,7 @@ use blkback::vdev::Vdev;
 use hypervisor::emu::{GuestOptions, GuestSeat, Member};
 use hypervisor::{Backend, DomId, Guest};
 use nix::sys::signal::Signal;
-use system_tests::{Dom0, PATIENCE, quick};
+use system_tests::{Dom0, PATIENCE, at_rest, quick};
 use xenstore_client::xenbus::toolstack as xenbus;
 use xenstore_client::{Client, Store};
 
@@ -59,12 +59,12 @@ fn nodes(store: &Client, path: &str, found: &mut Vec<String>) {
     }
 }
 
-/// Waits until `look` gives the same twice, or as much as before, and returns it.
-fn settled<T: PartialEq>(mut look: impl FnMut() -> T, wanted: Option<&T>) -> T {
+/// Waits until `look` gives what was seen before, and returns what it gives.
+fn becomes<T: PartialEq>(wanted: &T, look: impl Fn() -> T) -> T {
     let began = Instant::now();
     loop {
         let seen = look();
-        if wanted.is_none_or(|wanted| *wanted == seen) || began.elapsed() > PATIENCE {
+        if *wanted == seen || began.elapsed() > PATIENCE {
             return seen;
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -192,13 +192,11 @@ fn what_is_held_is_given_back() {
     // The first lives fill caches, thread stacks and the allocator.
     run(0, 40);
     let look = || (holds(blkback), holds(machine), all_nodes());
-    let before = settled(look, None);
-    std::thread::sleep(Duration::from_millis(500));
-    let before = if look() == before { before } else { look() };
+    let before = at_rest(look);
     let memory = [blkback, machine].map(resident);
     let began = Instant::now();
     run(40, 40 + cycles);
-    let after = settled(look, Some(&before));
+    let after = becomes(&before, look);
     let grown: BTreeMap<_, _> = [("blkback", blkback), ("emu-xen", machine)]
         .iter()
         .zip(memory)

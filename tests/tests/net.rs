@@ -258,7 +258,7 @@ fn netback_stops_in_order() {
 fn the_commands_say_what_they_did() {
     let Some(network) = Network::start(Topology::Bridge) else { return };
     let guest = network.guest(1, &[]);
-    let said = run(&mut network.netback(["attach", &guest.name, &network.spec(&guest, 1500), "--wait", "20"]));
+    let said = run(&mut network.netback(["attach", &guest.name, &network.spec(&guest, 1500), "--wait", "60"]));
     assert!(said.contains("connected"), "{said}");
     guest.process.expect("eth0 is connected");
     assert!(network.dom0.run("ip -o link show master xenbr0").contains(&guest.vif()));

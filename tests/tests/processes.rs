@@ -4,9 +4,10 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use system_tests::{Dom0, fails, have, program, quick, run};
+use system_tests::{Dom0, PATIENCE, at_rest, fails, have, program, quick, run};
 
 fn open_files(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
@@ -26,13 +27,11 @@ fn going_on(pid: u32) -> usize {
 
 /// Polls for a count to come back to what it was.
 fn returns_to(what: &str, expected: usize, count: impl Fn() -> usize) {
-    for _ in 0..1000 {
-        if count() == expected {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+    let began = Instant::now();
+    while count() != expected {
+        assert!(began.elapsed() < PATIENCE, "{what}: {} instead of {expected}", count());
+        std::thread::sleep(Duration::from_millis(10));
     }
-    panic!("{what}: {} instead of {expected}", count());
 }
 
 /// A guest is killed in the middle of a load: the other guest does not notice, and everything the dead one held comes
@@ -45,7 +44,7 @@ fn a_guest_killed_under_load_leaves_nothing() {
     let dom0 = Dom0::start();
     let (image, other) = (dom0.image("disk.img", 64 << 20), dom0.image("other.img", 64 << 20));
     let survivor = dom0.guest_with("survivor", &other, "w", &[]);
-    let (files, tasks) = (open_files(dom0.blkback.pid()), threads(dom0.blkback.pid()));
+    let (files, tasks) = at_rest(|| (open_files(dom0.blkback.pid()), threads(dom0.blkback.pid())));
     let load = |uri: &str, seconds: u32| {
         let mut fio = Command::new("fio");
         fio.args(["--name=load", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--size=64m"])
@@ -58,7 +57,7 @@ fn a_guest_killed_under_load_leaves_nothing() {
     for round in 0..rounds {
         let mut victim = dom0.guest_with(&format!("victim{round}"), &image, "w", &["--queues", "2"]);
         let mut fio = load(&victim.uri(), 30).spawn().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(300));
         victim.process.signal(Signal::SIGKILL);
         fio.kill().unwrap();
         fio.wait().unwrap();
@@ -84,7 +83,7 @@ fn blkback_stops_in_order() {
     dom0.blkback = system_tests::Process::start("blkback", ["serve", "--hypervisor", &hypervisor]);
     dom0.blkback.expect("serving");
     run(&mut dom0.blkback(["detach", "guest", "xvda"]));
-    run(&mut dom0.blkback(["attach", "guest", &format!("{},raw,xvda,w", image.display()), "--wait", "20"]));
+    run(&mut dom0.blkback(["attach", "guest", &format!("{},raw,xvda,w", image.display()), "--wait", "60"]));
     guest.process.expect("is connected");
 }
 
@@ -203,17 +202,17 @@ fn beside_xen_blkback_only_tap_disks_are_served() {
     let said = fails(&mut dom0.blkback(["serve"]));
     assert!(said.contains("modprobe -r xen-blkback") && said.contains("--only vbd3"), "{said}");
     let hypervisor = dom0.hypervisor();
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     // Loaded beside one that runs: it says so.
     let tap_only = ["serve", "--hypervisor", &hypervisor, "--only", "vbd3"];
     let log = loop {
-        std::thread::sleep(std::time::Duration::from_millis(1500));
+        std::thread::sleep(Duration::from_millis(1500));
         let log = std::mem::replace(&mut dom0.blkback, system_tests::Process::start("blkback", tap_only)).stop();
         if log.contains("has been loaded beside this process") {
             break log;
         }
         // The machine was too busy for its thread to look.
-        assert!(began.elapsed() < std::time::Duration::from_secs(60), "{log}");
+        assert!(began.elapsed() < PATIENCE, "{log}");
         std::fs::remove_dir(&driver).unwrap();
         dom0.blkback = system_tests::Process::start("blkback", ["serve", "--hypervisor", &hypervisor]);
         dom0.blkback.expect("serving");
