@@ -239,11 +239,11 @@ impl Network {
         dom0.store().expect("XenStore")
     }
 
-    /// What interfaces have in dom0 beside themselves: tables of nftables, and records of filters and of settings.
+    /// What interfaces have in dom0 beside themselves: tables of nftables, and records of filters.
     pub fn kept(&self) -> String {
         let files = std::fs::read_dir(self.folder.path()).expect("the run directory");
         let names = files.map(|file| file.expect("a file").file_name().to_string_lossy().into_owned());
-        let mut names: Vec<String> = names.filter(|name| name.ends_with(".json")).collect();
+        let mut names: Vec<String> = names.filter(|name| name.starts_with("filter-")).collect();
         names.sort_unstable();
         format!("{}{names:?}", self.dom0.run("nft list tables"))
     }
