@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,10 +15,11 @@ const OFTEN: Duration = Duration::from_millis(250);
 /// The same where it is rung for.
 const SELDOM: Duration = Duration::from_secs(1);
 
-/// A thread that looks whether something has come. Dropped, it says nothing any more.
+/// A thread that looks whether something has come. Dropped, it says nothing any more, and ends.
 #[derive(Debug)]
 pub struct Lookout {
     over: Arc<AtomicBool>,
+    thread: Thread,
 }
 
 impl Lookout {
@@ -35,7 +37,7 @@ impl Lookout {
         let told = Arc::clone(&over);
         // Where there is no inotify, looking often has to do.
         let bell = closed.and_then(bell);
-        std::thread::Builder::new().name("lookout".to_owned()).spawn(move || {
+        let thread = std::thread::Builder::new().name("lookout".to_owned()).spawn(move || {
             while !has_come() {
                 sleep(bell.as_ref());
                 if told.load(Ordering::Acquire) {
@@ -46,13 +48,14 @@ impl Lookout {
                 ready();
             }
         })?;
-        Ok(Self { over })
+        Ok(Self { over, thread: thread.thread().clone() })
     }
 }
 
 impl Drop for Lookout {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
+        self.thread.unpark();
     }
 }
 
@@ -64,7 +67,7 @@ fn bell(path: &Path) -> Option<OwnedFd> {
 }
 
 fn sleep(bell: Option<&OwnedFd>) {
-    let Some(bell) = bell else { return std::thread::sleep(OFTEN) };
+    let Some(bell) = bell else { return std::thread::park_timeout(OFTEN) };
     let longest = Timespec { tv_sec: SELDOM.as_secs().cast_signed(), tv_nsec: 0 };
     if poll(&mut [PollFd::new(&bell.as_fd(), PollFlags::IN)], Some(&longest)).is_ok_and(|rung| rung > 0) {
         let mut events = [0; 4096];
