@@ -4,7 +4,6 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hypervisor::emu::Member;
@@ -47,7 +46,9 @@ impl Ring {
 
     /// How many requests the guest has put into it: req_prod, its first word.
     fn requests(&self) -> u32 {
-        self.page.atomic_u32(0).load(Ordering::Acquire)
+        let mut req_prod = [0; 4];
+        self.page.read_once(0, &mut req_prod);
+        u32::from_ne_bytes(req_prod)
     }
 }
 
