@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import struct
@@ -434,6 +435,28 @@ class Machines(unittest.TestCase):
                 self.assertIn(needed, line)
             # QEMU takes a comma for the beginning of the next module.
             self.assertNotIn(",", world.dom0_arguments)
+
+    def test_a_dom0_that_crashes_as_it_boots_is_booted_once_more(self) -> None:
+        for crashes, ended, boots in ((0, True, 1), (1, True, 2), (2, True, 2), (1, False, 1)):
+            lab = machine.Machine(build.Images(Path("/cache"), worlds.XEN_4_17), Path("/cache/payload.img"))
+            tries = []
+
+            def boot(_timeout: float) -> None:
+                tries.append(1)
+                lab.qemu = subprocess.Popen(["true"] if ended else ["sleep", "60"])
+                if ended:
+                    lab.qemu.wait()
+                if len(tries) <= crashes:
+                    raise machine.MachineGone("gone")
+            lab._boot = boot
+            with contextlib.redirect_stdout(io.StringIO()):
+                if crashes < boots:
+                    lab.start()
+                else:
+                    self.assertRaises(machine.MachineGone, lab.start)
+            self.assertEqual(len(tries), boots)
+            lab.qemu.kill()
+            lab.qemu.wait()
 
     def test_a_stale_pid_file_is_no_machine(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
