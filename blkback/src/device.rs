@@ -28,7 +28,7 @@ use crate::worker::{Order, Plan, Report, Worker};
 use hold::Hold;
 use opening::{Measuring, Opening, Purpose};
 
-pub use opening::{OPENING, say_opening};
+pub use opening::{OPENING, hung};
 
 /// How this process serves disks.
 #[derive(Debug, Clone, Default)]

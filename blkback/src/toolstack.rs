@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use xenstore_client::xenbus::{State, toolstack};
 use xenstore_client::{Client, DomId, Store};
 
-use crate::device::{KINDS, ON_HOLD, OPENING, RESIZE_STATUS, say_opening};
+use crate::device::{KINDS, ON_HOLD, OPENING, RESIZE_STATUS, hung};
 use crate::hotplug;
 use crate::medium::SECTOR_SIZE;
 use crate::spec::{Access, DiskSpec, Format, TargetKind, written_here};
@@ -141,10 +141,10 @@ fn wait_open(store: &Client, backend: &str) -> Result<(), Error> {
         let left = toolstack::INIT_TIMEOUT.saturating_sub(began.elapsed());
         if left.is_zero() {
             let opening = store.read_opt(&format!("{backend}/{OPENING}"))?;
-            let said = opening.and_then(|opening| say_opening(&opening, SystemTime::now()));
-            return refused(
-                said.unwrap_or_else(|| "the backend did not open the disk in time; see its log".to_owned()),
-            );
+            return refused(match opening.and_then(|opening| hung(&opening, SystemTime::now())) {
+                Some(hung) => format!("{hung}; attach the disk again when it answers"),
+                None => "the backend did not open the disk in time; see its log".to_owned(),
+            });
         }
         watcher.wait(left)?;
     }
@@ -232,8 +232,8 @@ pub fn list(store: &Client, frontend: DomId, unserved: Option<DomId>) -> Result<
         }
         let name = Vdev::from_number(number).name();
         let opening = store.read_opt(&format!("{backend}/{OPENING}"))?;
-        if let Some(said) = opening.and_then(|opening| say_opening(&opening, SystemTime::now())) {
-            let _ = writeln!(text, "      {name}: {said}");
+        if let Some(hung) = opening.and_then(|opening| hung(&opening, SystemTime::now())) {
+            let _ = writeln!(text, "      {name}: {hung}; the disk goes on when it answers, and can be detached");
         }
         if is_let_go(store, &backend)? {
             let _ = writeln!(text, "      {name}: {LET_GO}");

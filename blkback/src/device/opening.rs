@@ -1,7 +1,7 @@
 //! What a disk asks an opener for, and what it does with the answer. All of it is on the driver's thread, and nothing here
 //! waits for storage.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,7 +14,7 @@ use crate::doubt;
 use crate::image::{Image, Size};
 use crate::lookout::Lookout;
 use crate::medium::{self, Medium};
-use crate::opener::{Claim, Job, Panicked, Place, Refusal, Request};
+use crate::opener::{Claim, Hung, Job, Panicked, Place, Refusal, Request};
 use crate::takeover;
 use crate::worker::Order;
 
@@ -399,16 +399,12 @@ impl Vbd {
     }
 }
 
-/// What [`OPENING`] says, `now`: the sentence for an administrator. `None` if it is none of ours.
-pub fn say_opening(value: &str, now: SystemTime) -> Option<String> {
+/// What [`OPENING`] says, `now`. `None` if it is none of ours.
+pub fn hung(value: &str, now: SystemTime) -> Option<Hung> {
     let (since, path) = value.split_once(' ')?;
     let since = UNIX_EPOCH + Duration::from_secs(since.parse().ok()?);
     let seconds = now.duration_since(since).unwrap_or_default().as_secs();
-    let path = Path::new(path).display();
-    Some(format!(
-        "opening {path} has not answered for {seconds} s: its storage hangs; the disk goes on when that answers (dmesg, \
-         dmsetup info, the file server), and can be detached"
-    ))
+    Some(Hung { path: path.into(), seconds })
 }
 
 #[cfg(test)]
@@ -418,10 +414,9 @@ mod tests {
     #[test]
     fn how_long_storage_has_not_answered() {
         let now = UNIX_EPOCH + Duration::from_secs(1000);
-        let said = say_opening("963 /dev/vg/a b", now).unwrap();
-        assert!(said.starts_with("opening /dev/vg/a b has not answered for 37 s"), "{said}");
+        assert_eq!(hung("963 /dev/vg/a b", now), Some(Hung { path: "/dev/vg/a b".into(), seconds: 37 }));
         // A clock that was put back.
-        assert!(say_opening("1001 /x", now).unwrap().contains("for 0 s"));
-        assert_eq!((say_opening("x /x", now), say_opening("", now)), (None, None));
+        assert_eq!(hung("1001 /x", now).unwrap().seconds, 0);
+        assert_eq!((hung("x /x", now), hung("", now)), (None, None));
     }
 }

@@ -11,8 +11,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Storage that has not answered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "opening {} has not answered for {seconds} s: its storage hangs, or what it is on does; when it answers (dmesg, dmsetup \
-     info, the file server), attach it again",
+    "opening {} has not answered for {seconds} s: its storage hangs (see dmesg, dmsetup info, the file server)",
     path.display()
 )]
 pub struct Hung {

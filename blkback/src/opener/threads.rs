@@ -255,11 +255,15 @@ mod tests {
             let (closed, where_closed) = channel();
             let (go, hangs) = channel::<()>();
             let (done, ended) = channel();
+            let (begins, has_begun) = channel();
             let work = move || {
+                begins.send(()).unwrap();
                 hangs.recv().unwrap();
                 Closes(closed)
             };
             let job = openers.begin(image(), work, move || done.send(()).unwrap()).unwrap();
+            // What has not begun is not even tried.
+            has_begun.recv().unwrap();
             if early {
                 drop(job);
                 go.send(()).unwrap();
