@@ -32,7 +32,7 @@ INITRD_MODULES = ["virtio_pci", "virtio_blk", "crc32c_generic", "crc32c", "ext4"
 #: Folders of modules below lib/modules/VERSION/kernel that go to the machine; all of them would be 400 MB.
 MODULE_FOLDERS = [
     "arch/x86/crypto", "block", "crypto", "lib", "fs/ext4", "fs/jbd2", "fs/xfs", "fs/btrfs", "fs/fuse", "fs/overlayfs",
-    "fs/nfs", "fs/nfsd", "fs/nfs_common", "fs/lockd", "fs/nls", "net/sunrpc", "net/bridge", "net/llc", "net/802", "net/netfilter", "net/sched",
+    "fs/nfs", "fs/nfsd", "fs/nfs_common", "fs/lockd", "fs/nls", "net/sunrpc", "net/bridge", "net/llc", "net/802", "net/8021q", "net/netfilter", "net/sched",
     "net/ipv4/netfilter", "net/ipv6/netfilter", "drivers/block", "drivers/md", "drivers/virtio", "drivers/char/hw_random",
 ]
 MODULE_FILES = [

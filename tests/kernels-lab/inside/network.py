@@ -270,6 +270,70 @@ def forward_dropped(media: Media, folder: Path, report: Report) -> None:
         sh("sysctl -qw net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0; nft delete table ip filter; modprobe -r br_netfilter || true")
 
 
+class InVlans(Network):
+    """Guests in VLANs of one bridge: the first in 10, the second in 10 and, with tags, in 20, the third in 20."""
+
+    VLANS = {"guest1": "10", "guest2": "10p/20", "guest3": "20"}
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.third = Guest(self, 3)
+        self.attach(self.third)
+        # The first sends with tags too, though it may not.
+        for guest in (self.first, self.second):
+            sh(f"ip -n {guest.netns} link add link eth0 name eth0.20 type vlan id 20; ip -n {guest.netns} link set eth0.20 up")
+        for guest, device in ((self.first, "eth0.20"), (self.second, "eth0.20"), (self.third, "eth0")):
+            sh(f"ip -n {guest.netns} address replace {self.in_20(guest)}/24 dev {device}")
+        # That no ARP answer comes is not to be what keeps them apart.
+        for device, address in (("eth0", self.third.address), ("eth0.20", self.in_20(self.third))):
+            sh(f"ip -n {self.first.netns} neighbour replace {address} lladdr {self.third.mac} dev {device} nud permanent")
+
+    @staticmethod
+    def in_20(guest: Guest) -> str:
+        return guest.address.replace("10.0.0.", "10.0.20.")
+
+    def attach(self, guest: Guest) -> None:
+        self.command("netback", "attach", guest.name, f"mac={guest.mac},bridge=xenbr0,vlan={self.VLANS[guest.name]}", "--wait",
+                     f"{PATIENCE:.0f}", "--hypervisor", self.hypervisor)
+        guest.process.expect("eth0 is connected")
+        guest.configure()
+
+    def together(self) -> None:
+        """Who is in a VLAN with another reaches it."""
+        self.works()
+        becomes("the second and the third reach each other in VLAN 20", lambda: self.reaches(self.second, "eth0.20", self.in_20(self.third)))
+
+    def apart(self) -> None:
+        """Nobody else is reached; those who may be are, before and after."""
+        self.together()
+        for guest, device, address in ((self.first, "eth0", self.third.address), (self.first, "eth0.20", self.in_20(self.third)),
+                                       (self.first, "eth0.20", self.in_20(self.second)), (self.second, "eth0", self.third.address)):
+            if self.reaches(guest, device, address):
+                raise Failed(f"{guest.name} reaches {address} through {device}, in whose VLAN it is not: {last_words(run(['bridge', 'vlan']).stdout)}")
+        self.together()
+
+    @staticmethod
+    def reaches(guest: Guest, device: str, address: str) -> bool:
+        return run(["ip", "netns", "exec", guest.netns, "ping", "-q", "-c", "2", "-W", "2", "-I", device, address]).returncode == 0
+
+    def end(self, report: Report) -> None:
+        with report.step("detach of the third"):
+            self.command("netback", "detach", self.third.name, "0", "--hypervisor", self.hypervisor)
+        super().end(report)
+
+
+def in_vlans(media: Media, folder: Path, report: Report) -> None:
+    """Guests in VLANs, tagged and untagged: they reach whom they should and nobody else, also after netback was killed."""
+    network = InVlans(folder)
+    with report.step("before"):
+        network.apart()
+    for round_ in range(2):
+        with report.step(f"kill {round_ + 1}"):
+            network.restart()
+            network.apart()
+    network.end(report)
+
+
 NETWORK = {
     "filter": filtered,
     "filter after a kill": restarted,
@@ -279,4 +343,5 @@ NETWORK = {
     "no cls_bpf": unfilterable,
     "nft list ruleset, loaded again": reloaded,
     "br_netfilter, FORWARD drops": forward_dropped,
+    "VLANs after a kill": in_vlans,
 }
