@@ -51,6 +51,12 @@ pub struct Address {
 }
 
 impl Address {
+    /// Whether the kernel made it from a router's advertisement (IFAPROT_KERNEL_RA of linux/if_addr.h), for a time.
+    #[must_use]
+    pub const fn is_advertised(&self) -> bool {
+        self.valid != FOREVER && matches!(self.protocol, Some(2))
+    }
+
     /// An ordinary address that stays.
     pub fn new(dev: &str, local: IpAddr, prefix: u8) -> Self {
         Self {
@@ -128,17 +134,23 @@ pub struct Route {
 }
 
 impl Route {
+    /// Whether a router's advertisement made it: then the kernel takes it back, too, whenever a router or its life ends.
+    #[must_use]
+    pub const fn is_advertised(&self) -> bool {
+        /// RTPROT_RA of linux/rtnetlink.h.
+        const ADVERTISED: u8 = 9;
+        self.v6 && self.protocol == ADVERTISED
+    }
+
     /// The route as somebody else than the kernel may add it. Of a router's advertisement the kernel has to be able to make
     /// its own: where one from user space is in its place (the same metric, and no RTF_ADDRCONF, which only the kernel can
     /// set), ndisc_router_discovery of Linux' net/ipv6/ndisc.c gives up before it comes to the prefixes, and the addresses
     /// that the router has given are not kept alive any more. So ours comes right behind.
     #[must_use]
     pub fn by_hand(&self) -> Self {
-        /// RTPROT_RA of linux/rtnetlink.h.
-        const ADVERTISED: u8 = 9;
         /// IP6_RT_PRIO_USER of the kernel's ip6_fib.h.
         const USUAL: u32 = 1024;
-        let behind = self.v6 && self.protocol == ADVERTISED && self.gateway.is_some();
+        let behind = self.is_advertised() && self.gateway.is_some();
         let metric = if behind { Some(self.metric.unwrap_or(USUAL).saturating_add(1)) } else { self.metric };
         Self { metric, ..self.clone() }
     }

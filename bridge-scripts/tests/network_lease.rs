@@ -4,6 +4,9 @@
 
 mod common;
 
+use bridge_scripts::link::{Link, Mode};
+use bridge_scripts::state::{Address, Route};
+use bridge_scripts::step::Step;
 use common::{Program, World, wait_until};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -102,5 +105,32 @@ fn an_advertised_address_is_kept_alive_on_the_bridge() {
         let all = world.ip(&format!("-6 -o addr show dev {holder} scope global"));
         assert_eq!(all.matches("fd00:5:").count(), 1, "{layout}: {all}");
         world.does("network-bridge stop");
+    }
+}
+
+/// A router may be heard while the bridge is being made: what the kernel then does by itself is no fault.
+#[test]
+fn the_kernel_may_be_quicker_with_what_a_router_advertises() {
+    let Some(world) = World::new("advertisements meanwhile") else { return };
+    world.card("eth0", &[], &[]);
+    let mut link = Link::open().unwrap();
+    let mut take = |step: &Step| link.take(step, Mode::Do).map_err(|error| error.to_string());
+    let advertised = Address {
+        valid: 600,
+        preferred: 600,
+        protocol: Some(2),
+        ..Address::new("eth0", "fd00:5::2".parse().unwrap(), 64)
+    };
+    let by_hand = Address { protocol: None, ..advertised.clone() };
+    for (address, both) in [(advertised, true), (by_hand, false)] {
+        take(&Step::AddAddress(address.clone())).unwrap();
+        assert_eq!(take(&Step::AddAddress(address.clone())).is_ok(), both, "{address:?}");
+        take(&Step::RemoveAddress(address)).unwrap();
+    }
+    let gateway = Some("fe80::1".parse().unwrap());
+    let route = |protocol| Route { gateway, protocol, scope: 0, ..Route::new(None, true, "eth0") };
+    for (protocol, gone_is_well) in [(9, true), (3, false)] {
+        let removed = take(&Step::RemoveRoute(route(protocol)));
+        assert_eq!(removed.is_ok(), gone_is_well, "protocol {protocol}: {removed:?}");
     }
 }

@@ -44,6 +44,8 @@ impl Link {
         let taken = self.take_strictly(step, mode);
         match (taken, mode) {
             (Err(error), Mode::Undo) if is_so_already(&error, step) => Ok(()),
+            // It may go by itself between our looking and now.
+            (Err(error), Mode::Do) if error.errno() == Some(libc::ESRCH) && removes_advertised(step) => Ok(()),
             (other, _) => other,
         }
     }
@@ -256,9 +258,10 @@ impl Link {
         if address.local.is_ipv4() {
             return self.change(address_message(libc::RTM_NEWADDR, CREATE, index, address, true));
         }
+        // The kernel makes a link-local address by itself when a link comes up, and others when it hears a router there.
+        let made_by_kernel = address.scope == 253 || address.is_advertised();
         match self.change(address_message(libc::RTM_NEWADDR, CREATE, index, address, false)) {
-            // The kernel makes a link-local address by itself when a link comes up.
-            Err(error) if error.errno() == Some(libc::EEXIST) && (mode == Mode::Undo || address.scope == 253) => (),
+            Err(error) if error.errno() == Some(libc::EEXIST) && (mode == Mode::Undo || made_by_kernel) => (),
             other => other?,
         }
         if address.flags & NO_DUPLICATE_DETECTION != 0 {
@@ -316,6 +319,10 @@ fn write_sysctl(path: &str, value: &str) -> Result<(), Error> {
     let open = fs::OpenOptions::new().write(true).open(Path::new("/proc/sys").join(path));
     open.and_then(|mut file| file.write_all(value.as_bytes()))
         .map_err(|source| Error::Sysctl { path: path.to_owned(), source })
+}
+
+fn removes_advertised(step: &Step) -> bool {
+    matches!(step, Step::RemoveRoute(route) if route.is_advertised())
 }
 
 /// Whether an error means that nothing is left to take back.

@@ -125,6 +125,11 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
         return again(state, request, &pair, record, plan);
     }
     if netdev == bridge {
+        let there = state.links.get(bridge).is_some_and(LinkState::is_bridge);
+        if there && request.netdev.is_none() && request.layout != Some(Layout::Xen3) {
+            plan.note(format!("{bridge} is there already, which somebody else made: nothing is changed"));
+            return Ok(plan);
+        }
         return refuse(format!("the card and the bridge cannot both be named {netdev}"));
     }
     let made_netdev = make_vlan(state, netdev, &mut plan)?;
@@ -189,7 +194,7 @@ pub fn start(state: &State, request: &Request) -> Result<Plan, Refusal> {
         Layout::Bridge => enslave(state, &luggage, record, &mut plan),
         Layout::Xen3 => xen3::start(state, &luggage, record, &mut plan)?,
     }
-    let lonely = |address: &&Address| kept_by.is_none() && address.valid != FOREVER && !lease::is_advertised(address);
+    let lonely = |address: &&Address| kept_by.is_none() && address.valid != FOREVER && !address.is_advertised();
     for address in luggage.addresses.iter().filter(lonely) {
         let (local, prefix) = (address.local, address.prefix);
         plan.note(format!("{local}/{prefix} was given for a time, and nobody is seen who would ask for more"));
@@ -390,7 +395,8 @@ fn release(state: &State, record: &Record, plan: &mut Plan) {
         }
         give_back(state, record, netdev, plan);
         if !record.made_netdev {
-            luggage.onto(bridge, netdev).load(plan);
+            // A DHCP client that was left with the card may have given it the bridge's address again.
+            luggage.onto(bridge, netdev).lacking(state).load(plan);
         }
         if record.made_netdev {
             plan.push(Step::DeleteLink(netdev.to_owned()));

@@ -21,8 +21,6 @@ struct Kept {
 
 const V4: &str = "net/ipv4/ip_forward";
 const V6: &str = "net/ipv6/conf/all/forwarding";
-/// RTPROT_RA: a route from a router's advertisement.
-const ADVERTISED: u8 = 9;
 
 fn kept(state: &State) -> Kept {
     state.records.get(RECORD).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
@@ -33,7 +31,7 @@ pub(super) fn start(state: &State, user: &str, own: &[(String, &str)], plan: &mu
     let mut kept = kept(state);
     let mut wanted: Vec<(String, &str)> = Vec::new();
     // A router does not listen to routers, and the kernel forgets what it learnt from one; unless told 2.
-    for route in state.routes.iter().filter(|route| route.v6 && route.protocol == ADVERTISED) {
+    for route in state.routes.iter().filter(|route| route.is_advertised()) {
         let path = route.dev.as_ref().map(|dev| format!("net/ipv6/conf/{dev}/accept_ra"));
         if let Some(path) = path.filter(|path| state.sysctls.get(path).is_some_and(|value| value == "1")) {
             wanted.push((path, "2"));

@@ -73,6 +73,16 @@ impl Luggage {
         self.routes.iter().for_each(|route| plan.steps.push(Step::AddRoute(route.by_hand())));
     }
 
+    /// The same without the addresses that are there already.
+    pub(super) fn lacking(mut self, state: &State) -> Self {
+        let there = |address: &Address| {
+            let same = |other: &Address| (other.local, other.prefix) == (address.local, address.prefix);
+            state.addresses_of(&address.dev).any(same)
+        };
+        self.addresses.retain(|address| !there(address));
+        self
+    }
+
     /// The same for another link.
     pub(super) fn onto(mut self, from: &str, to: &str) -> Self {
         let change = |name: &mut String| {

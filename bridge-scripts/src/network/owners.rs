@@ -13,8 +13,8 @@ pub struct Owners {
     pub network_manager: BTreeMap<String, String>,
     /// systemd-networkd's, likewise (networkd-state-file.c).
     pub networkd: BTreeMap<String, String>,
-    /// /etc/network/interfaces, and after it every file below /etc/network/interfaces.d.
-    pub interfaces: String,
+    /// ifupdown's files and what is in them: /etc/network/interfaces, then those below /etc/network/interfaces.d.
+    pub interfaces: Vec<(String, String)>,
     /// Processes that may be DHCP clients.
     pub clients: Vec<Client>,
 }
@@ -87,6 +87,10 @@ fn words(line: &[u8]) -> Vec<String> {
 }
 
 fn is_client(words: &[String]) -> bool {
+    // dhcpcd's helpers: `dhcpcd: [privileged proxy]`, `dhcpcd: [BPF ARP] eth0 192.0.2.7`.
+    if words.iter().any(|word| word == "proxy]" || word == "[BPF") {
+        return false;
+    }
     let base = |word: Option<&String>| word.and_then(|word| word.rsplit('/').next()).map(str::to_owned);
     let first = base(words.first());
     // busybox names its part second.
@@ -96,13 +100,13 @@ fn is_client(words: &[String]) -> bool {
 
 /// ifupdown's configuration (interfaces(5)). Debian's sources all of interfaces.d; a file that is not sourced says nothing
 /// that would be wrong.
-fn interfaces(dir: &Path) -> String {
+fn interfaces(dir: &Path) -> Vec<(String, String)> {
     let mut files: BTreeSet<_> = BTreeSet::new();
     if let Ok(entries) = fs::read_dir(dir.join("interfaces.d")) {
         files.extend(entries.flatten().map(|entry| entry.path()));
     }
     let all = std::iter::once(dir.join("interfaces")).chain(files);
-    all.filter_map(|file| fs::read_to_string(file).ok()).collect::<Vec<_>>().join("\n")
+    all.filter_map(|file| Some((file.display().to_string(), fs::read_to_string(&file).ok()?))).collect()
 }
 
 #[cfg(test)]
@@ -118,6 +122,11 @@ mod tests {
             (b"busybox\0sh\0", false),
             (b"dhcpcd: eth0 [ip4]\0\0\0", true),
             (b"vim\0dhclient\0", false),
+            (b"dhcpcd: eth0 [ip4] [ip6]\0", true),
+            (b"dhcpcd: [manager] [ip4] [ip6]\0", true),
+            (b"dhcpcd: [privileged proxy] eth0 [ip4] [ip6]\0", false),
+            (b"dhcpcd: [network proxy] 10.1.0.52\0", false),
+            (b"dhcpcd: [BPF ARP] eth0 10.1.0.52\0", false),
             (b"", false),
         ] {
             assert_eq!(is_client(&words(line)), client, "{}", String::from_utf8_lossy(line));

@@ -176,3 +176,33 @@ fn routes_of_other_links_that_send_from_a_moved_address_come_back() {
     let (gone, back) = (at(&Step::RemoveRoute(other.clone())), at(&Step::AddRoute(other)));
     assert!(gone.is_some() && gone < back, "{}", steps(&plan));
 }
+
+/// As with networkd, NetworkManager and ifupdown, after they were told to make it.
+#[test]
+fn a_bridge_that_a_manager_made_is_left_alone() {
+    let mut state = machine();
+    state.links.insert("xenbr0".into(), LinkState { up: true, ..LinkState::new(Kind::Bridge(BTreeMap::new())) });
+    state.routes = vec![Route::new(None, false, "xenbr0")];
+    let plan = bridge::start(&state, &Request::default()).unwrap();
+    assert!(plan.steps.is_empty() && plan.notes.iter().any(|note| note.contains("somebody else made")), "{plan}");
+    for request in [
+        Request { netdev: Some("xenbr0".into()), ..Request::default() },
+        Request { layout: Some(Layout::Xen3), ..Request::default() },
+    ] {
+        let refused = bridge::start(&state, &request).unwrap_err().to_string();
+        assert!(refused.contains("cannot both be named"), "{refused}");
+    }
+}
+
+/// A DHCP client that went on looking after the card (force=yes) has renewed the lease there.
+#[test]
+fn an_address_that_is_on_the_card_again_does_not_stop_stop() {
+    let before = machine();
+    let mut started = bridge::start(&before, &request("eth0")).unwrap().outcome(&before);
+    started.addresses.push(Address::new("eth0", "192.0.2.2".parse().unwrap(), 24));
+    let plan = bridge::stop(&started, &request("eth0")).unwrap();
+    let adds = |step: &&Step| matches!(step, Step::AddAddress(_));
+    assert_eq!(plan.steps.iter().filter(adds).count(), 1, "{plan}");
+    let there = plan.outcome(&started).addresses.iter().filter(|address| address.dev == "eth0").count();
+    assert_eq!(there, 2, "{plan}");
+}
