@@ -159,7 +159,7 @@ fn without_its_log_a_killed_blkback_leaves_what_is_known() {
     let mut dom0 = Dom0::start();
     let (image, other) = (dom0.image("disk.img", 8 << 20), dom0.image("other.img", 8 << 20));
     let idle = dom0.guest_with("idle", &image, "w", &[]);
-    let busy = dom0.guest_with("busy", &other, "w", &[]);
+    let mut busy = dom0.guest_with("busy", &other, "w", &[]);
     let pid = nix::unistd::Pid::from_raw(dom0.blkback.pid().cast_signed());
     nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
     let ring = Ring::of(&busy, &dom0);
@@ -181,4 +181,6 @@ fn without_its_log_a_killed_blkback_leaves_what_is_known() {
     assert!(listed.contains("destroy the guest"), "{listed}");
     standing.kill().unwrap();
     standing.wait().unwrap();
+    // Told to stop, it would wait for an answer first.
+    busy.process.signal(Signal::SIGKILL);
 }
