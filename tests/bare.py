@@ -117,15 +117,25 @@ def pristine() -> Path:
     return root
 
 
+def clean_clone() -> Shared:
+    """A clone of this repository's HEAD, without anything else. Files that have not changed since the last run keep their
+    times, so that cargo builds the rest only."""
+    clone = Shared(WORK / "clone", CLONE)
+    if not (clone.host / ".git").exists():
+        subprocess.run(["git", "init", "-q", str(clone.host)], check=True)
+    for words in (["fetch", "-q", str(REPOSITORY), "HEAD"], ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"],
+                  ["clean", "-ffdxq"]):
+        subprocess.run(["git", "-C", str(clone.host), *words], check=True)
+    return clone
+
+
 def machine() -> Path:
-    """A fresh machine with a clean clone of this repository's HEAD."""
+    """A fresh machine."""
     root = WORK / "root"
     fresh = pristine()
     with Step("a fresh machine"):
         shutil.rmtree(root, ignore_errors=True)
         subprocess.run(["cp", "-a", "--reflink=auto", str(fresh), str(root)], check=True)
-        clone = root / CLONE.lstrip("/")
-        subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(clone)], check=True)
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
     if changed.stdout:
         say("what is not committed is not tested")
@@ -136,13 +146,13 @@ def main() -> int:
     if os.geteuid() != 0:
         die("tests/run bare makes a root file system and namespaces: run it as root")
     packages.ensure_packages()
-    root = machine()
+    root, clone = machine(), clean_clone()
     environment = "env -i HOME=/root TERM=dumb PATH=/opt/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin " \
         "CARGO_HOME=/opt/cargo CARGO_NET_OFFLINE=true"
     for command in [shlex.join(sys.argv[1:])] if sys.argv[1:] else COMMANDS:
         say(f"on a bare machine: {command}")
         script = f"cd {CLONE} && exec {environment} sh -c {shlex.quote(command)}"
-        code = subprocess.run(in_root(root, script, [archives(), *for_cargo()])).returncode
+        code = subprocess.run(in_root(root, script, [archives(), clone, *for_cargo()])).returncode
         if code:
             die(f"{command} ended with {code} on a bare machine")
         say(f"on a bare machine: {command}: passed")
