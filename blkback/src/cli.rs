@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use hypervisor::kernel::XEN_BLKBACK;
 use hypervisor::program::{self, Failure, MachineArguments, StopSignals};
 use hypervisor::{Backend, DomId, Machine};
+use ring::uring::keeper;
 use xenstore_client::xenbus::Driver;
 use xenstore_client::xenbus::toolstack::{find_domain, find_past_domain};
 use xenstore_client::{Client, Store};
@@ -174,6 +175,9 @@ fn execute(cli: Cli) -> Result<(), Failure> {
             }
             let xen = join()?;
             let _claim = cli.machine.claim("blkback")?;
+            keeper::start().map_err(|error| {
+                format!("cannot start the process that keeps guests' pages mapped while I/O is in flight: {error}")
+            })?;
             run_server(machine, xen, serve, &signals)
         }
         Command::Attach { domain, disk, wait } => {

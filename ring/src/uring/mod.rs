@@ -10,6 +10,7 @@
 #![allow(unsafe_code)]
 
 pub mod erase;
+pub mod keeper;
 
 use std::collections::VecDeque;
 use std::io;
@@ -99,7 +100,8 @@ impl<T> Uring<T> {
     /// When the kernel has no io_uring, forbids it (kernel.io_uring_disabled), or is older than Linux 6.1.
     pub fn new(capacity: u32, files: &[BorrowedFd<'_>]) -> io::Result<Self> {
         let ring = build(capacity)?;
-        let raw: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        // Behind the caller's files one that no operation uses: it tells when the ring is gone.
+        let raw: Vec<RawFd> = files.iter().copied().chain(keeper::in_flight()).map(|file| file.as_raw_fd()).collect();
         ring.submitter().register_files(&raw)?;
         let allowed = [
             opcode::Read::CODE,

@@ -45,6 +45,8 @@ pub struct Medium {
     /// fdatasync calls that succeeded after one had failed.
     pub flushes_after_failure: u32,
     flush_failed: bool,
+    /// What it tells the kernel of itself.
+    init_flags: u32,
 }
 
 impl Medium {
@@ -70,18 +72,60 @@ impl Medium {
 
 /// What the file system's thread and others look at.
 #[derive(Debug)]
-pub struct Shared(Mutex<Medium>);
+pub struct Shared {
+    medium: Mutex<Medium>,
+    device: File,
+    /// Writes that came and were not answered, if they are not to be.
+    withheld: Mutex<Option<Vec<Vec<u8>>>>,
+}
 
 impl Shared {
     /// The file's content. For as long as the guard is held, the file system answers nothing.
     pub fn hang(&self) -> MutexGuard<'_, Medium> {
-        lock(&self.0)
+        lock(&self.medium)
+    }
+
+    /// From now on writes alone get no answer.
+    pub fn withhold_writes(&self) {
+        lock(&self.withheld).get_or_insert_default();
+    }
+
+    /// How many writes wait for an answer.
+    pub fn withheld(&self) -> usize {
+        lock(&self.withheld).as_ref().map_or(0, Vec::len)
+    }
+
+    /// They get it, and all that come.
+    ///
+    /// # Errors
+    /// When the file is not mounted any more.
+    pub fn answer_writes(&self) -> io::Result<()> {
+        let withheld = lock(&self.withheld).take();
+        withheld.into_iter().flatten().try_for_each(|request| self.reply(&request))
+    }
+
+    /// Does what is asked for, and says so.
+    fn reply(&self, request: &[u8]) -> io::Result<()> {
+        let (operation, unique, node) = (u32_at(request, 4), u64_at(request, 8), u64_at(request, 16));
+        let (error, body) = match answer(operation, node, &request[HEADER..], &mut self.hang()) {
+            Ok(body) => (0, body),
+            Err(errno) => (-errno, Vec::new()),
+        };
+        let mut reply = ((16 + body.len()) as u32).to_le_bytes().to_vec();
+        reply.extend(error.to_le_bytes());
+        reply.extend(unique.to_le_bytes());
+        reply.extend(body);
+        match (&self.device).write_all(&reply) {
+            // Whoever asked has gone away.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            outcome => outcome,
+        }
     }
 }
 
 impl Erase for Shared {
     fn erase(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut medium = lock(&self.0);
+        let mut medium = lock(&self.medium);
         if let Some(errno) = medium.strike(What::Erase) {
             return Err(io::Error::from_raw_os_error(errno.unwrap_or(libc::EIO)));
         }
@@ -110,6 +154,19 @@ impl Mounted {
     /// # Errors
     /// When this process may not mount, or there is no /dev/fuse.
     pub fn new(len: usize) -> io::Result<Self> {
+        Self::mount(len, 0)
+    }
+
+    /// As [`new`](Self::new), but no thread of the process that asks waits for the answer, as with block devices. The
+    /// kernel makes an error of a short write then.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn asynchronous(len: usize) -> io::Result<Self> {
+        Self::mount(len, ASYNC_DIO)
+    }
+
+    fn mount(len: usize, init_flags: u32) -> io::Result<Self> {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private)?;
@@ -117,11 +174,11 @@ impl Mounted {
         let folder = tempfile::tempdir()?;
         let options = CString::new(format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd()))?;
         rustix::mount::mount("simdisk", folder.path(), "fuse.simdisk", MountFlags::empty(), options.as_c_str())?;
-        let medium = Medium { seen: vec![0; len], flushed: vec![0; len], ..Medium::default() };
-        let medium = Arc::new(Shared(Mutex::new(medium)));
+        let medium = Medium { seen: vec![0; len], flushed: vec![0; len], init_flags, ..Medium::default() };
+        let medium = Arc::new(Shared { medium: Mutex::new(medium), device, withheld: Mutex::default() });
         let server = {
             let medium = Arc::clone(&medium);
-            std::thread::spawn(move || serve(device, &medium.0))
+            std::thread::spawn(move || serve(&medium))
         };
         let file = open(&folder.path().join("disk"))?;
         Ok(Self { file, medium, folder, server: Some(server) })
@@ -129,7 +186,7 @@ impl Mounted {
 
     /// The file's content and what is to go wrong.
     pub fn medium(&self) -> MutexGuard<'_, Medium> {
-        lock(&self.medium.0)
+        lock(&self.medium.medium)
     }
 
     /// Where the file is, for threads that came after [`new`](Self::new) of the one that called it.
@@ -140,6 +197,8 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        // Whoever waits for an answer has the file open.
+        let _ = self.medium.answer_writes();
         // Ends the server: the device then says ENODEV. A second unmount is done by the namespace's end.
         let _ = rustix::mount::unmount(self.folder.path(), UnmountFlags::DETACH);
         if let Ok(null) = File::open("/dev/null") {
@@ -153,8 +212,8 @@ impl Drop for Mounted {
     }
 }
 
-fn lock(medium: &Mutex<Medium>) -> MutexGuard<'_, Medium> {
-    medium.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -179,6 +238,8 @@ mod opcode {
 
 /// The one file's inode number; the folder's is 1.
 const FILE: u64 = 2;
+/// FUSE_ASYNC_DIO.
+const ASYNC_DIO: u32 = 1 << 15;
 /// Bytes of fuse_in_header.
 const HEADER: usize = 40;
 /// Bytes of fuse_write_in.
@@ -192,34 +253,29 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes[at..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
-fn serve(mut device: File, medium: &Mutex<Medium>) {
+fn serve(shared: &Shared) {
     // Larger than max_write and the header, or the kernel refuses to read.
     let mut request = vec![0; 256 << 10];
     loop {
-        let len = match device.read(&mut request) {
+        let len = match (&shared.device).read(&mut request) {
             Ok(len) => len,
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::ENOENT)) => continue,
             // Unmounted.
             Err(_) => return,
         };
-        let bytes = &request[..len];
-        let (operation, unique, node) = (u32_at(bytes, 4), u64_at(bytes, 8), u64_at(bytes, 16));
-        if matches!(operation, opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT) {
-            continue;
-        }
-        let (error, body) = match answer(operation, node, &bytes[HEADER..], &mut lock(medium)) {
-            Ok(body) => (0, body),
-            Err(errno) => (-errno, Vec::new()),
-        };
-        let mut reply = ((16 + body.len()) as u32).to_le_bytes().to_vec();
-        reply.extend(error.to_le_bytes());
-        reply.extend(unique.to_le_bytes());
-        reply.extend(body);
-        if let Err(error) = device.write_all(&reply) {
-            // ENOENT: whoever asked has gone away.
-            if error.raw_os_error() != Some(libc::ENOENT) {
-                return;
+        let request = &request[..len];
+        match u32_at(request, 4) {
+            opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => continue,
+            opcode::WRITE => {
+                if let Some(withheld) = &mut *lock(&shared.withheld) {
+                    withheld.push(request.to_vec());
+                    continue;
+                }
             }
+            _ => {}
+        }
+        if shared.reply(request).is_err() {
+            return;
         }
     }
 }
@@ -228,7 +284,7 @@ fn serve(mut device: File, medium: &Mutex<Medium>) {
 fn answer(operation: u32, node: u64, body: &[u8], medium: &mut Medium) -> Result<Vec<u8>, i32> {
     match operation {
         opcode::INIT => {
-            let words = [7, 31, 0, 0, 0, 128 << 10, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            let words = [7, 31, 0, medium.init_flags, 0, 128 << 10, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
             Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
         }
         opcode::LOOKUP if body.starts_with(b"disk\0") => {
