@@ -51,5 +51,5 @@ def tap(lab: Lab, blkback: str) -> None:
         lab.sh(f"rm -f {TAP}; [ ! -e {TAP}.stock ] || mv {TAP}.stock {TAP}")
 
 
-BESIDE = Scenario("beside-kernel", "blkback and a loaded xen-blkback: refused, said, and tap disks alone", beside, backends=("ours",), by_name_only=True,
+BESIDE = Scenario("beside-kernel", "blkback and a loaded xen-blkback: refused, said, and tap disks alone", beside, backends=("ours",),
                   tolerated=(r"ERROR .*has been loaded beside this process",), order=46)

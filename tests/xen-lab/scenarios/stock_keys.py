@@ -117,4 +117,4 @@ def keys(lab: Lab, guest: Guest, title: str, kind: str, number: int) -> dict[str
 
 
 KEYS = Scenario("stock-keys", "every key of disks and interfaces, the kernel's backends' beside ours, as a table", stock_keys,
-                backends=("ours",), network=True, by_name_only=True, order=45)
+                backends=("ours",), network=True, order=45)
