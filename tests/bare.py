@@ -41,6 +41,7 @@ mkdir -p .{folder.inside}
 mount --bind {shlex.quote(str(folder.host))} .{folder.inside}
 {f"mount -o remount,bind,ro .{folder.inside}" if folder.read_only else ""}""" for folder in shared)
     # /dev is the host's: loop devices, tun, fuse. /sys shows the network namespace of who mounts it.
+    # Not by chroot: a program that leaves the mount namespace inside would be told the host's path of its own file.
     mounts = f"""set -e
 cd {shlex.quote(str(root))}
 mount --bind . . && cd {shlex.quote(str(root))}
@@ -48,7 +49,10 @@ mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount --rbind /dev dev
 mount -t tmpfs -o mode=755 run run{binds}
-exec chroot . /bin/sh -ec {shlex.quote(script)}
+pivot_root . mnt
+umount -l mnt
+cd /
+exec /bin/sh -ec {shlex.quote(script)}
 """
     return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--ipc", "--uts", "--propagation", "private",
             "sh", "-c", mounts]
