@@ -53,7 +53,7 @@ def ping(lab: Lab, address: str, source: Guest | None = None, options: str = "",
     """Three answers in a row, after a time for links to come up. From dom0, or from a guest."""
     script = (f"n=0; until {BUSYBOX if source is None else 'busybox'} ping -c 1 -W 1 {options} {address} > /dev/null; do n=$((n+1)); "
               f"[ $n -lt {int(patience * lab.slow)} ] || {{ echo no answer from {address}; exit 1; }}; done; "
-              f"{BUSYBOX if source is None else 'busybox'} ping -c 3 -W 5 {options} {address}")
+              f"{BUSYBOX if source is None else 'busybox'} ping -c 3 -W {int(5 * lab.slow)} {options} {address}")
     out = source.run(script, patience * 2 + 60) if source else lab.sh(script, patience * 2 + 60)
     assert " 0% packet loss" in out, out
 
